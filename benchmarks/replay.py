@@ -35,11 +35,11 @@ from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.result import write_result
+from carft_ray.store.record import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
+from carft_ray.study.training import Failure, TrialRow
 
 NUM_TRIALS = 30
 NEEDED_TARGET = 0.5

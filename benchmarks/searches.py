@@ -36,12 +36,12 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.constraints import VIOLATION
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.result import write_result
+from carft_ray.store.record import write_result
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
+from carft_ray.study.training import TrialRow
 
 LOWEST = 0.1  # alpha that a trial may choose
 LENGTHS = (30, 100)  # trials after which a search is read

@@ -31,12 +31,13 @@ from carft_ray import files
 from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.result import write_result
+from carft_ray.store.record import write_result
+from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import rows_by_kind
 from carft_ray.study.study import Study
+from carft_ray.study.training import TrialSpec
 from carft_ray.training.run_context import RunContext
 
 NUM_TRIALS = 60  # of the search through Ray
@@ -293,10 +294,10 @@ def driver_cost(
 
     from rich.console import Console
 
+    from carft_ray.launch.capacity import AtATime
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
     from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process, Record
-    from carft_ray.launch.ray_cluster.concurrency import AtATime
     from carft_ray.study.rows import trials
     from carft_ray.ui.live import SearchView
     from carft_ray.ui.progress import REFRESH_PER_S

@@ -14,7 +14,7 @@
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
 
-A study in a bucket has the same names below its address (`study.mirror`).
+A study in a bucket has the same names below its address (`study.place`).
 The folder of `train` is a study of one trial, trials/train/.
 """
 

@@ -16,9 +16,9 @@ from crash_host import PYTHONPATH
 from study_steps import searching
 
 from carft_ray.errors import OutOfMemoryError
+from carft_ray.launch.capacity import AtATime, Node
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.mailbox import Exchange, Mailbox
-from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.worker import run_worker
 from carft_ray.recipe.schema.recipe import Recipe

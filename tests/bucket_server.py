@@ -24,7 +24,7 @@ from werkzeug.serving import make_server
 from carft_ray.layout import MANIFEST
 from carft_ray.store import bucket
 from carft_ray.store.bucket import Bucket
-from carft_ray.study import mirror
+from carft_ray.study import place
 
 SECRET = "wJalr-a-secret-of-the-tests"
 LOST = "lost"  # it is done, and the connection ends without an answer
@@ -120,7 +120,7 @@ def copied(folder, address):
 def impatient(monkeypatch, cache):
     """Gives a server to a process that tries again once, has this cache, and looks at the bucket each time."""
     monkeypatch.setattr(bucket, "MAX_RETRIES", 1)
-    monkeypatch.setattr(mirror, "FRESH_FOR_S", 0.0)
+    monkeypatch.setattr(place, "FRESH_FOR_S", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     with bucket_server(monkeypatch) as server:
         yield server

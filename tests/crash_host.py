@@ -235,15 +235,15 @@ def work(program, jobs, folder):
 
 def order_posts():
     """Has the driver learn of each record at the next check for a stop, and write nothing by the clock."""
-    from carft_ray.launch import driver, mailbox
+    from carft_ray.launch import driver, mailbox, worker
 
-    plain, records = mailbox.Poster.record, mailbox.Exchange.records
+    plain, records = worker.Poster.record, mailbox.Exchange.records
 
     def record(poster, *given):
         plain(poster, *given)
         poster.post()
 
-    mailbox.Poster.record = record
+    worker.Poster.record = record
     mailbox.Exchange.records = lambda exchange, *given: exchange.now() or records(exchange, *given)
     driver.POLL_EVERY_S, driver.POLL_SHARE, driver.LIVE_EVERY_S = 0.0, 1.0, math.inf
 

@@ -26,10 +26,11 @@ from carft_ray.launch.command import Plan, run_confirm, run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.confirm import configurations
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.copy import NUMBERS
 from carft_ray.study import uploads
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
-from carft_ray.study.mirror import NUMBERS, fetched, own_folder
+from carft_ray.study.place import fetched, own_folder
 from carft_ray.study.rows import baselines, confirmations, trials
 
 EPOCHS = 3

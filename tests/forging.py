@@ -6,9 +6,9 @@ from logs import replace
 
 from carft_ray import files
 from carft_ray.layout import MANIFEST, RESULT
-from carft_ray.store.result import read_result, sha256
+from carft_ray.store.log import log_of
+from carft_ray.store.record import read_result, sha256
 from carft_ray.study import ledger
-from carft_ray.study.holding import log_of
 from carft_ray.study.rows import rows_by_kind
 
 

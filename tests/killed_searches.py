@@ -19,7 +19,7 @@ from logs import commits, operations
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
-from carft_ray.study.mirror import pull
+from carft_ray.study.place import pull
 from carft_ray.study.rows import baselines, confirmations, log_and_rows, trials
 from carft_ray.study.running import begun, running_since
 from cluster import TIMEOUT_S, asked, environment, head, node, of_session, wait_until
@@ -34,7 +34,7 @@ EPOCHS = 4  # of search_driver.py
 EIGHT = {"search": {"max_concurrent_trials": 8}, "num_workers": 1, "cpus_per_worker": 0.25}
 # the same with real ones, whose values are the same in whatever order they end
 REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
-REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.runtime"}
+REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.worker"}
 TITLES = {
     "trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"),
     "mailbox": b"ray::Mailbox",

@@ -4,12 +4,13 @@ import contextlib
 import json
 
 from carft_ray.layout import COMMITS
+from carft_ray.store.commit import commit_name, digest_in, sealed
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import _NOBODY, Log, _sealed, commit_name, digest_in
-from carft_ray.store.owner import identity
+from carft_ray.store.log import _NOBODY, Log
+from carft_ray.store.process import identity
 from carft_ray.study.holding import STOPPING, check_fit, held
-from carft_ray.study.identity import recipe_record
 from carft_ray.study.ledger import record
+from carft_ray.study.recipe_identity import recipe_record
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def rewrite(study_dir, changed):
     store, digest = Folder(study_dir), ""
     store.remove(COMMITS)
     for number, commit in enumerate(changed, start=1):
-        data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
+        data = sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
         store.put_new(commit_name(number), data)
         digest = digest_in(data)
 

@@ -18,11 +18,11 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store.result import write_result
+from carft_ray.store.record import append_log, write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.running import started
+from carft_ray.study.training import Failure
 from carft_ray.training.answers import answers, answers_between
 from carft_ray.training.thumbnails import write_thumbnails
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from carft_ray.data import packed
-from carft_ray.launch import runtime
+from carft_ray.launch import worker
 from carft_ray.layout import STOP
 from carft_ray.training import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
 
@@ -75,7 +75,7 @@ def slow(base_dir, seconds=SECONDS, at_once=1, waiting_ones=0):
 
 def fill(recipe, prepared_dir, say):
     with slow(prepared_dir.parent.parent, FILL_S, at_once=2):
-        return runtime.fill(recipe, prepared_dir, say)
+        return worker.fill(recipe, prepared_dir, say)
 
 
 def fill_or_die(recipe, prepared_dir, say):
@@ -83,7 +83,7 @@ def fill_or_die(recipe, prepared_dir, say):
     if Path(os.environ["XDG_CACHE_HOME"]).name == "two":
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(1000)  # this process does not notice before the cluster's end, as Ray does not of a lost machine
-    return runtime.fill(recipe, prepared_dir, say)
+    return worker.fill(recipe, prepared_dir, say)
 
 
 def fill_and_ask_to_stop(recipe, prepared_dir, say):
@@ -101,12 +101,12 @@ def prepare_for_ever(recipe, folder, say=None):
 
 def prepare(recipe, folder, say=None):
     with slow(folder.parent.parent):
-        return runtime.prepare(recipe, folder, say)
+        return worker.prepare(recipe, folder, say)
 
 
 def prepare_and_empty(recipe, folder, say):
     """Leaves trials an empty cache, as that of a node that has come later."""
-    prepared = runtime.prepare(recipe, folder, say)
+    prepared = worker.prepare(recipe, folder, say)
     shared_inputs._loaded.clear()
     shutil.rmtree(folder.parent.parent / "cache")
     return prepared
@@ -114,4 +114,4 @@ def prepare_and_empty(recipe, folder, say):
 
 def train(recipe, out_dir, prepared_dir, *arguments):
     with slow(prepared_dir.parent.parent, waiting_ones=1):
-        return runtime.train(recipe, out_dir, prepared_dir, *arguments)
+        return worker.train(recipe, out_dir, prepared_dir, *arguments)

@@ -12,10 +12,10 @@ from unittest import mock
 
 import stand_in
 
-from carft_ray.launch import runtime
+from carft_ray.launch import worker
 from carft_ray.training import loop
 
-prepare = runtime.prepare
+prepare = worker.prepare
 
 
 class Step(NamedTuple):
@@ -45,4 +45,4 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         return found
 
     with mock.patch.object(loop._Learner, "update", update):
-        return runtime.train(recipe, out_dir, prepared_dir, context, attempt)
+        return worker.train(recipe, out_dir, prepared_dir, context, attempt)

@@ -17,9 +17,9 @@ from unittest import mock
 
 import stand_in
 
-from carft_ray.launch import runtime
+from carft_ray.launch import worker
 
-prepare = runtime.prepare
+prepare = worker.prepare
 PLACES = {
     "all_reduce": "torch.distributed.all_reduce",  # the means of a window
     "broadcast": "torch.distributed.broadcast_object_list",  # rank 1 waits in it for what rank 0 has found
@@ -64,4 +64,4 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         during = (lambda *given, now=now: state.update(evaluated=now) for now in ("evaluation", "curve"))
         patches.enter_context(called("carft_ray.training.run.fine_tune", *during))
         patches.enter_context(called("torch.nn.parallel.DistributedDataParallel.__init__", after=hook))
-        return runtime.train(recipe, out_dir, prepared_dir, context, attempt)
+        return worker.train(recipe, out_dir, prepared_dir, context, attempt)

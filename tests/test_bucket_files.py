@@ -12,22 +12,24 @@ from unseen import Here, opened, plan_of, unseen
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch import at_hand, study_files
-from carft_ray.launch.at_hand import Delivery, needed, uses_bucket
+from carft_ray.launch import file_transfer, node_files
+from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.driver import Driver
+from carft_ray.launch.file_transfer import BucketFiles, FileServer, entries
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Wish
+from carft_ray.launch.node_files import Delivery, needed, uses_bucket
 from carft_ray.launch.preparation import _sight
-from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.launch.study_files import BucketFiles, FileServer, entries
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.bucket import Bucket
+from carft_ray.store.copy import NUMBERS
+from carft_ray.store.record import progress_of, progress_words
 from carft_ray.study.best import Retention
-from carft_ray.study.mirror import NUMBERS, own_folder
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialRow, progress_of, progress_words
+from carft_ray.study.place import own_folder
 from carft_ray.study.recovery import recover_running
+from carft_ray.study.training import TrialRow
 from carft_ray.training.run_context import RunContext
 
 TRAINING = "trials/t0000-0000"
@@ -38,7 +40,7 @@ RECIPE = stand_in.make_recipe(3, sampler={"name": "random"}, keep_checkpoints=1,
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr("carft_ray.store.bucket.MAX_RETRIES", 0)
-    monkeypatch.setattr(at_hand, "SEND_EVERY_S", 0.01)
+    monkeypatch.setattr(node_files, "SEND_EVERY_S", 0.01)
     with bucket_server(monkeypatch) as server:
         yield server
 
@@ -318,15 +320,15 @@ def test_the_line_says_how_nodes_that_do_not_see_the_folder_have_its_files(witho
 
 
 def test_the_files_of_the_driver_say_whether_nodes_may_use_the_bucket(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_files, "StudyFiles", lambda folder, address="": Here(folder, address=address))
-    monkeypatch.setattr(study_files, "started_here", lambda make, name, *given, threads: given)
+    monkeypatch.setattr(file_transfer, "StudyFiles", lambda folder, address="": Here(folder, address=address))
+    monkeypatch.setattr(file_transfer, "started_here", lambda make, name, *given, threads: given)
     with opened(tmp_path) as study:
         plan = with_bucket(bucket_plan(server, study))
         asked = study.study_dir, plan.bucket, plan.commit
-        assert study_files.start_files(*asked)[1] == plan.bucket
+        assert file_transfer.start_files(*asked)[1] == plan.bucket
         server.strike = deny("PUT")
-        assert study_files.start_files(*asked)[1] == ""
-        assert study_files.start_files(study.study_dir, "", plan.commit)[1] == ""
+        assert file_transfer.start_files(*asked)[1] == ""
+        assert file_transfer.start_files(study.study_dir, "", plan.commit)[1] == ""
 
 
 def searched(server, name, nodes):

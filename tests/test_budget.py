@@ -15,12 +15,12 @@ from study_steps import searching
 from test_driver import Tune
 
 from carft_ray.errors import BudgetError
+from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
+from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.results.study_figure import figure_at_the_end

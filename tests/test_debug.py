@@ -22,7 +22,8 @@ from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.folder import Folder
-from carft_ray.study.holding import log_of, stopping
+from carft_ray.store.log import log_of
+from carft_ray.study.holding import stopping
 from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow

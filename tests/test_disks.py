@@ -14,9 +14,9 @@ from test_study_crash import prepare
 
 from carft_ray import files
 from carft_ray.errors import StorageError
+from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.store.result import read_result
+from carft_ray.store.record import read_result
 from carft_ray.training.checkpoint import newest_checkpoint
 from cluster import hiding
 

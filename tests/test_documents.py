@@ -19,9 +19,7 @@ from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
 from carft_ray.data.synthetic.sandbox import CLASSES, render
-from carft_ray.launch import at_hand, driver, mailbox, study_files
-from carft_ray.launch.jobs import jobs
-from carft_ray.launch.ray_cluster import drains, nodes
+from carft_ray.launch import driver, file_transfer, jobs, mailbox, node_files, nodes
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import BACKBONES
 from carft_ray.store import log
@@ -113,15 +111,15 @@ NUMBERS = [  # which the tests above make small
     ("resume", f"takes the study over after {log.SILENT_FOR_S:.0f} s without one"),
     ("resume", f"{WORDS[LOST_ATTEMPTS]} attempts at a trial in a row fail without advancing"),
     ("resume", f"A driver that is silent for {WORDS[mailbox.PATIENCE_S]}"),
-    ("resume", f"The search asks Ray {WORDS[drains.ASK_EVERY_S]}."),
+    ("resume", f"The search asks Ray {WORDS[nodes.ASK_EVERY_S]}."),
     ("resume", f"metrics window (every {WORDS[loop.LOG_EVERY]} steps, and at the end of an epoch)"),
     ("resume", f"a node on which {WORDS[nodes.FAILURES]} attempts in a row were lost, and does not use it for "),
     ("resume", f"does not use it for {WORDS[nodes.LEFT_OUT_S / 60]} minutes;"),
     ("resume", f"in {WORDS[driver.WAVES_TO_GIVE_UP]} waves ({WORDS[driver.FAILURES_TO_GIVE_UP]} at least)"),
     ("clusters", f"does not answer for less than {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
     ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
-    ("clusters", f"in pieces of {study_files.PIECE_BYTES // 2**20} MiB"),
-    ("clusters", f"files of a killed process after {WORDS[at_hand.KEPT_FOR_S]}."),
+    ("clusters", f"in pieces of {file_transfer.PIECE_BYTES // 2**20} MiB"),
+    ("clusters", f"files of a killed process after {WORDS[node_files.KEPT_FOR_S]}."),
     ("privacy", f"at most {thumbnails.SIDE} pixels wide or high"),
     ("trust", f"images above {images.LARGE // 10**6} million pixels one at a time"),
 ]

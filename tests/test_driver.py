@@ -15,20 +15,19 @@ from stand_in import make_recipe
 from study_steps import searching
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
+from carft_ray.launch.capacity import AtATime, Node, capacity_of
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, Note, TrialEpoch, TrialFinished, TrialSetAside
-from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
-from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
-from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.trainings import DriverCallback, DriverSearcher
-from carft_ray.store.result import write_result
+from carft_ray.launch.nodes import BadNodes, Drains
+from carft_ray.launch.tune_runner import DriverCallback, DriverSearcher
+from carft_ray.store.record import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, rows_by_kind, trials
 from carft_ray.study.study import LOST_ATTEMPTS
+from carft_ray.study.training import Failure, TrialSpec
 
 
 def spec_of(trial):

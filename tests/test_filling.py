@@ -20,8 +20,9 @@ from carft_ray.errors import InterruptedRunError
 from carft_ray.launch import worker
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note, Preparing
-from carft_ray.launch.mailbox import Mailbox, Poster, Wish
+from carft_ray.launch.mailbox import Mailbox, Wish
 from carft_ray.launch.runtime import Runner
+from carft_ray.launch.worker import Poster
 from carft_ray.training import shared_inputs
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run_context import RunContext

@@ -18,9 +18,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.study.identity import study_recipe
 from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import best_row, trials
 
 pytestmark = pytest.mark.slow

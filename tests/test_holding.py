@@ -22,12 +22,11 @@ from study_steps import contents, searching
 
 from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
-from carft_ray.store import owner
+from carft_ray.store import process
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import READERS_SILENT_FOR_S, Log
-from carft_ray.store.owner import identity
+from carft_ray.store.log import READERS_SILENT_FOR_S, Log, log_of
+from carft_ray.store.process import identity
 from carft_ray.study import holding as held_module
-from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
@@ -109,7 +108,7 @@ WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S",
 def move(boot):
     """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
     me = {**identity(), "boot": boot}
-    owner.identity = module.identity = lambda: dict(me)
+    process.identity = module.identity = lambda: dict(me)
     for name in WAITS:
         setattr(module, name, getattr(module, name) / 100)
     held_module.LOOK_EVERY_S /= 100

@@ -11,11 +11,11 @@ from study_steps import contents, run_search, searching
 
 from carft_ray.errors import RecipeError, StorageError
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.log import log_of
 from carft_ray.study import opening
-from carft_ray.study.holding import log_of
-from carft_ray.study.identity import study_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import provenance_of
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import trials
 
 RECIPE, OTHER = make_recipe(3, baselines={}), make_recipe(4, baselines={}, train={"batch_size": 7})

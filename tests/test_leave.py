@@ -13,7 +13,7 @@ from bucket_server import bucket_server
 from killed_searches import driver, ended, finished, titled, wait_until
 
 import cluster
-from carft_ray.study.holding import log_of
+from carft_ray.store.log import log_of
 from carft_ray.study.rows import baselines, trials
 from carft_ray.study.running import begun
 

@@ -24,7 +24,7 @@ from carft_ray.store import log as module
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S, Log
-from carft_ray.store.owner import identity, process_started
+from carft_ray.store.process import identity, process_started
 
 NUM_TRIALS = 2
 ELSEWHERE = {**identity(), "host": "elsewhere"}

@@ -30,12 +30,12 @@ from unseen import Here, unseen
 import cluster
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
-from carft_ray.launch.failures.causes import UNKNOWN, lost_rank
+from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
-from carft_ray.store.result import read_result
+from carft_ray.store.record import read_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, trials
 from carft_ray.training import checkpoint, loop

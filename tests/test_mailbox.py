@@ -12,12 +12,14 @@ import pytest
 import ray
 from killed_searches import wait_until
 
-from carft_ray.launch import mailbox, ray_group
-from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, Wish, start_mailbox
-from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.ray_group import Said, WorkerGroup
-from carft_ray.study.outcome import TrialSpec
+from carft_ray.launch import group as group_module
+from carft_ray.launch import mailbox, worker
+from carft_ray.launch.capacity import Capacity
+from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.group import Said, WorkerGroup
+from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Process, Wish, start_mailbox
+from carft_ray.launch.worker import Poster
+from carft_ray.study.training import TrialSpec
 
 NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"
 PROCESS = Process(7, "5", "n1", "g1", (("n1", "10.0.0.1"),))
@@ -27,7 +29,8 @@ PROCESS = Process(7, "5", "n1", "g1", (("n1", "10.0.0.1"),))
 def clock(monkeypatch):
     """Time that stands until it is set: ``now``."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(mailbox, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (mailbox, worker):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -234,9 +237,9 @@ class Groups:
         self.fails, self.told = set(), set()  # trials that fail, and that end because they were told to
         self.dies = threading.Event()  # a worker, while it waits
         self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY, mailbox=Mailbox())
-        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, name, avoid, folder: self._trainer(name))
-        monkeypatch.setattr(ray_group, "LOOK_EVERY_S", 0.05)
-        monkeypatch.setattr(ray_group, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
+        monkeypatch.setattr(group_module, "_trainer", lambda runtime, name, avoid, folder: self._trainer(name))
+        monkeypatch.setattr(group_module, "LOOK_EVERY_S", 0.05)
+        monkeypatch.setattr(group_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
 
     def run(self, group, number):
         return group.run(TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1))
@@ -252,7 +255,7 @@ class Groups:
 
     def _work(self, name, group):
         said = Said([f"node{group}"])
-        while work := ray_group._next(self.runtime.mailbox, name, said):
+        while work := group_module._next(self.runtime.mailbox, name, said):
             self.ran.append((group, work.spec.number))
             if work.spec.number in self.fails:
                 raise ValueError("no trial")
@@ -291,7 +294,7 @@ def test_a_group_ends_with_a_training_that_fails_or_was_told_to_end(groups):
 
 
 def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypatch):
-    monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
+    monkeypatch.setattr(group_module, "IDLE_S", 0.0)
     idle, dead = WorkerGroup(groups.runtime), WorkerGroup(groups.runtime)
     assert groups.run(idle, 0)
     wait_until(lambda: not idle.fits(groups.runtime, []), "it ends")
@@ -312,16 +315,16 @@ def test_a_mailbox_that_forgets_costs_no_training_and_none_is_run_twice(groups):
 
 
 def test_workers_that_never_reach_the_mailbox_end_with_its_error(groups, monkeypatch):
-    monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
+    monkeypatch.setattr(group_module, "IDLE_S", 0.0)
     monkeypatch.setattr(groups.runtime.mailbox, "take", mock.Mock(side_effect=ConnectionError("it is gone")))
     with pytest.raises(ConnectionError, match="it is gone"):
         groups.run(WorkerGroup(groups.runtime), 0)
 
 
 def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups, monkeypatch):
-    monkeypatch.setattr(ray_group, "CLOSE_S", 0.1)
+    monkeypatch.setattr(group_module, "CLOSE_S", 0.1)
     ends, group = threading.Event(), WorkerGroup(groups.runtime)
-    monkeypatch.setattr(ray_group, "_trainer", lambda *given: SimpleNamespace(fit=ends.wait))
+    monkeypatch.setattr(group_module, "_trainer", lambda *given: SimpleNamespace(fit=ends.wait))
     with ThreadPoolExecutor() as pool:
         running = pool.submit(groups.run, group, 0)
         wait_until(lambda: group.fits(groups.runtime, []), "it begins")

@@ -25,8 +25,8 @@ from carft_ray.launch.worker import run_worker
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.study.holding import log_of
-from carft_ray.study.outcome import Failure
+from carft_ray.store.log import log_of
+from carft_ray.study.training import Failure
 from carft_ray.training import evaluate, out_of_memory, run
 from carft_ray.training.evaluate import predict, predict_all
 from carft_ray.training.loop import fine_tune

@@ -31,16 +31,17 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import copy as copy_module
 from carft_ray.store import log as log_module
 from carft_ray.store.bucket import Bucket
+from carft_ray.store.copy import MODELS, NUMBERS
 from carft_ray.store.folder import Folder, UnknownError
-from carft_ray.store.log import Log
-from carft_ray.store.owner import identity
-from carft_ray.study import mirror
-from carft_ray.study.holding import held, is_study, log_of
+from carft_ray.store.log import Log, log_of
+from carft_ray.store.process import identity
+from carft_ray.study.holding import held, is_study
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
-from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull
 from carft_ray.study.opening import open_study
+from carft_ray.study.place import fetched, named, own_folder, pull
 from carft_ray.study.rows import best_row
 from carft_ray.study.uploads import open_log, uploading
 
@@ -198,7 +199,7 @@ def test_what_is_there_is_never_written_over(address, made, server, tmp_path, ca
 def test_half_a_copy_is_no_study(address, server, tmp_path):
     for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
         files.write_bytes(tmp_path / "half" / name, b"12")
-    assert mirror.files_in(tmp_path / "half") == {"a/weights": 2}
+    assert copy_module.files_in(tmp_path / "half") == {"a/weights": 2}
     server.strike = lambda method, path: refused(403, "AccessDenied") if "predictions" in path else None
     with pytest.raises(StorageError, match="403 AccessDenied"):
         pull(address, tmp_path / "back")
@@ -221,8 +222,9 @@ def test_no_command_that_shows_numbers_fetches_predictions_for_what_it_suggests_
 
 
 def test_a_killed_pull_leaves_what_the_next_one_removes(address, made, tmp_path):
-    code = "import sys; from carft_ray.study import mirror; mirror._each = lambda *given: __import__('os')._exit(9)\n"
-    code += "mirror.pull(sys.argv[1], mirror.Path(sys.argv[2]))"
+    code = "import sys; from carft_ray.store import copy; from carft_ray.study import place\n"
+    code += "copy._each = lambda *given: __import__('os')._exit(9)\n"
+    code += "place.pull(sys.argv[1], place.Path(sys.argv[2]))"
     command = [sys.executable, "-c", code, address, str(tmp_path / "pulled" / "back")]
     assert subprocess.run(command, env=killed_searches.environment(), check=False).returncode == 9
     assert len(os.listdir(tmp_path / "pulled")) == 1

@@ -19,8 +19,8 @@ from killed_searches import wait_until
 
 import cluster
 from carft_ray.errors import ClusterError
-from carft_ray.launch.ray_cluster import cluster as cluster_module
-from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch import cluster as cluster_module
+from carft_ray.launch.cluster import running_ray
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Ray takes 127.0.0.1 for the address of this machine in its network, where our own Ray does not listen

@@ -34,8 +34,8 @@ from carft_ray.results.search_summary import study_summary
 from carft_ray.results.study_figure import study_figure
 from carft_ray.study.attributes import TRAINING_OF
 from carft_ray.study.front import front_of, non_dominated, points_of
+from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import trial_name
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import is_training, trials
 from carft_ray.training.run import prepare, run_training

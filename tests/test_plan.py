@@ -16,8 +16,8 @@ from stand_in import make_recipe
 import cluster
 from carft_ray.data.cache import list_entries
 from carft_ray.launch import forecast as forecast_module
+from carft_ray.launch.capacity import Node, capacity_of, crowding
 from carft_ray.launch.forecast import OUTSIDE_S, beyond_budget, forecast, num_rounds
-from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of, crowding
 from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
 from carft_ray.recipe.trial_values import drawn, middle
 

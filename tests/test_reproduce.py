@@ -32,10 +32,10 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.statistics.intervals import OVER_IMAGES
-from carft_ray.study.holding import log_of
-from carft_ray.study.identity import claim
+from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import identity_problems, record_provenance
+from carft_ray.study.recipe_identity import claim
 from carft_ray.study.rows import best_first, trials
 from carft_ray.training.run import prepare
 from carft_ray.training.shared_inputs import load_shared_inputs

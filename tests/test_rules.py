@@ -137,19 +137,19 @@ AROUND = {  # why a module may read files without ``untrusted``
     "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/benchmarks/reader"
     " data/benchmarks/facts data/synthetic/sandbox_shapes data/synthetic/corruptions data/copies/pairs_file"
     " results/export/model_card results/page/page",
-    "the kernel's files": "store/owner",
+    "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index data/packed training/targets"
-    " launch/jobs/server training/own_function",
+    " launch/jobs training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/listers"
     " model/pretrained model/weights_files",
     "what this process or its driver has just written": "model/clip",
-    "what a process that has ended has left, and a node's own files": "launch/failures/causes launch/study_files",
+    "what a process that has ended has left, and a node's own files": "launch/ray_errors launch/file_transfer",
 }
 BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
-    "pieces of files that a node has made": "launch/study_files",
-    "the user's own cache and token": "study/mirror results/test_sets/notes launch/jobs/server",
+    "pieces of files that a node has made": "launch/file_transfer",
+    "the user's own cache and token": "study/place results/test_sets/notes launch/jobs",
     "the package's own files": "results/export/model_card results/page/page",
-    "what this process or its driver has just written": "launch/worker launch/failures/causes",
+    "what this process or its driver has just written": "launch/worker launch/ray_errors",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
 GATES = ("carft_ray.untrusted", "carft_ray.data.images")
@@ -282,8 +282,8 @@ MAY = {
     },
     "sys.stderr": {
         "cli/submit.py": "as above",
-        "launch/ray_cluster/cluster.py": "our own words, in a thread while the process ends",
-        "launch/jobs/package.py": "our own words at the beginning of a job",
+        "launch/cluster.py": "our own words, in a thread while the process ends",
+        "launch/job_package.py": "our own words at the beginning of a job",
     },
     "typer.echo": {"cli/program.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},
     "traceback.print_exc": {"cli/program.py": "--debug asks for it"},

@@ -24,7 +24,7 @@ from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
 from carft_ray.study.attributes import POINT
-from carft_ray.study.proposals import space
+from carft_ray.study.proposals import samplers
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import trials
 
@@ -61,11 +61,11 @@ def recipe_for(name, more=None, trials=HISTORY + 4, **search):
 def told(study, recipe, result, at_a_time=1, wanted=HISTORY + 4):
     """Searches with a study of Optuna alone; ``result`` gives state and objective of the values of a trial."""
     drawn = []
-    while len(drawn) < wanted and not space.used_up(study, recipe):
+    while len(drawn) < wanted and not samplers.used_up(study, recipe):
         begun = []
         for _ in range(min(at_a_time, wanted - len(drawn))):
-            trial = space.ask(study, recipe)
-            values = space.draw(study, trial, recipe)
+            trial = samplers.ask(study, recipe)
+            values = samplers.draw(study, trial, recipe)
             trial.set_user_attr("name", f"t{trial.number:04d}")
             begun.append((trial, values))
             drawn.append(values)
@@ -149,8 +149,8 @@ def check_resume(name, recipe):
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             if running and len(running[0].params) == len(drawn[running[0].number]):
                 continue  # nothing is left to draw
-            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
-            assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
+            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else samplers.ask(study, recipe)
+            assert samplers.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
 
 
 def journal(file):

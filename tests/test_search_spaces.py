@@ -31,8 +31,8 @@ from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.parameters import SEARCHABLE
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, SandboxSet, SetSpec, plain
-from carft_ray.study.identity import study_recipe
 from carft_ray.study.opening import open_study
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import baselines
 from carft_ray.training.doctor import examine
 

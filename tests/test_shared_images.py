@@ -34,7 +34,7 @@ from carft_ray.data.same_picture import LIMIT, WHOLE, grey_picture, inside_borde
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.study.holding import log_of
+from carft_ray.store.log import log_of
 from carft_ray.study.provenance import provenance_of
 
 

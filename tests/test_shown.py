@@ -13,8 +13,8 @@ from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
 from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.record import append_log
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import append_log
 from carft_ray.ui import console, live, notebook, progress
 
 STEERING = "no space on [/dev/shm] [red]:smile: \x1b]0;owned\x07\u202e\x9b2J"

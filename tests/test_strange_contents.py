@@ -21,9 +21,8 @@ import report_studies
 from carft_ray.errors import StorageError
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.store.result import read_result
+from carft_ray.store.record import progress_of, progress_words, read_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import progress_of, progress_words
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
 

@@ -25,9 +25,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
-from carft_ray.study.identity import claim, recipe_for_use, study_recipe
-from carft_ray.study.mirror import DRIVEN, STUDIES, fetched
 from carft_ray.study.opening import open_study
+from carft_ray.study.place import DRIVEN, STUDIES, fetched
+from carft_ray.study.recipe_identity import claim, recipe_for_use, study_recipe
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
 from carft_ray.study.trust import allowed, is_written

@@ -19,8 +19,8 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.trial_values import apply
 from carft_ray.study import attributes
+from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS
 

@@ -18,7 +18,7 @@ import stand_in
 from bucket_server import bucket_server
 from debug_search import told
 
-from carft_ray.study.mirror import pull
+from carft_ray.study.place import pull
 from carft_ray.study.rows import baselines, confirmations, trials
 
 COMMANDS = {"search": ["search", "study", "6"], "more": ["search", "study", "8"], "confirm": ["confirm", "study"]}

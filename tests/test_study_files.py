@@ -15,12 +15,12 @@ from unseen import Here, opened, plan_of, unseen
 from carft_ray import files
 from carft_ray.data.cache import own_folder
 from carft_ray.errors import MachineError, StorageError
-from carft_ray.launch import at_hand, study_files
-from carft_ray.launch.at_hand import UNSEEN, Delivery, needed, prepared_at_hand, sees
+from carft_ray.launch import file_transfer, node_files
+from carft_ray.launch.file_transfer import Entry, FileServer, entries
 from carft_ray.launch.mailbox import Mailbox, Wish
-from carft_ray.launch.study_files import Entry, FileServer, entries
+from carft_ray.launch.node_files import UNSEEN, Delivery, needed, prepared_at_hand, sees
 from carft_ray.launch.worker import run_worker
-from carft_ray.store.result import checkpoints, read_result, reported_rows
+from carft_ray.store.record import checkpoints, read_result, reported_rows
 from carft_ray.training.run_context import RunContext
 
 PLACE = "trials/t0000-0000/attempt-1"
@@ -28,8 +28,8 @@ PLACE = "trials/t0000-0000/attempt-1"
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(study_files, "RETRY_EVERY_S", 0.0)
-    monkeypatch.setattr(study_files, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(file_transfer, "RETRY_EVERY_S", 0.0)
+    monkeypatch.setattr(file_transfer, "PIECE_BYTES", 1000)
 
 
 def content(folder, prefix="trials"):
@@ -102,7 +102,7 @@ def test_a_file_inside_of_what_is_sent_cannot_lie_outside_of_it(tmp_path, inside
 
 
 def test_a_driver_that_is_silent_makes_the_machine_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_files, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(file_transfer, "PATIENCE_S", 0.1)
     with pytest.raises(MachineError, match="the driver's machine does not answer: no answer"):
         Here(tmp_path, loses=1).entries("trials")
 
@@ -225,7 +225,7 @@ def test_what_the_user_keeps_goes_with_its_report_and_what_he_removes_is_removed
 @pytest.mark.parametrize("place", [FileServer, stand_in])  # of the node, too
 @pytest.mark.parametrize("error", [StorageError("No space left"), OSError(28, "No space left")])
 def test_a_disk_that_is_full_or_broken_ends_the_training_as_on_the_drivers_machine(tmp_path, monkeypatch, error, place):
-    monkeypatch.setattr(at_hand, "SEND_EVERY_S", 0.01)
+    monkeypatch.setattr(node_files, "SEND_EVERY_S", 0.01)
     full = mock.Mock(side_effect=error)
     monkeypatch.setattr("tempfile.NamedTemporaryFile", mock.Mock(side_effect=OSError))  # which only a hang needs
     with opened(tmp_path, epochs=200) as study:
@@ -240,12 +240,12 @@ def test_a_disk_that_is_full_or_broken_ends_the_training_as_on_the_drivers_machi
 def test_old_folders_of_other_studies_go(tmp_path):
     with opened(tmp_path) as study:
         runtime = plan_of(study, Here(study.study_dir))
-        place = at_hand.here(runtime)
+        place = node_files.here(runtime)
         old, new, others = ("0" * 32, "1" * 32, "2" * 32)
         for name, days in ((old, 8), (new, 1), (others, 99)):
             with contextlib.nullcontext() if name == others else own_folder(place.parent.parent, UNSEEN, name):
                 write(place.parent / name / "trials" / "t0", "x")
             os.utime(place.parent / name, 2 * (time.time() - days * 24 * 3600,))
         (place.parent / ("3" * 32)).symlink_to(place.parent / old)
-        assert at_hand.here(runtime) == place
+        assert node_files.here(runtime) == place
         assert {path.name for path in place.parent.iterdir()} == {new, others, "3" * 32, place.name}

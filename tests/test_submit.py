@@ -20,8 +20,8 @@ from aiohttp import web
 from carft_ray import __version__, environment
 from carft_ray.cli.submit import BUCKET_KEYS
 from carft_ray.errors import UsageError
-from carft_ray.launch.jobs import jobs, server, upload
-from carft_ray.launch.ray_cluster.ray_private import read_authentication_anew
+from carft_ray.launch import job_upload, jobs
+from carft_ray.launch.ray_private import read_authentication_anew
 from carft_ray.recipe.loading import load_recipe
 
 RECIPE = """
@@ -174,7 +174,7 @@ def here(tmp_path, monkeypatch):
     """A recipe with small files, a home without a token, and no cluster in the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in (*server.REDIRECTIONS, server.TOKEN, server.TOKEN_PATH, "RAY_AUTH_MODE"):
+    for name in (*jobs.REDIRECTIONS, jobs.TOKEN, jobs.TOKEN_PATH, "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     read_authentication_anew()  # another test may have had a cluster
     monkeypatch.setattr(jobs, "POLL_S", 0.05)
@@ -209,7 +209,7 @@ def told(text):
 
 def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(here, tmp_path_factory):
     recipe = load_recipe(here / "r.yaml", ["search.trials=3"])
-    sent = upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here)
+    sent = job_upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here)
     folder = tmp_path_factory.mktemp("unpacked")
     sent.write(folder)
     names = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
@@ -227,17 +227,17 @@ def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(he
     command = f"exec python -m carft_ray.cli search {kept}/recipe.yaml --study {here}/studies/first --address auto"
     assert sent.command == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --change-space"
     source = environment.code()["source"]
-    check = "python -m carft_ray.launch.jobs.package"
+    check = "python -m carft_ray.launch.job_package"
     assert sent.entrypoint(installed=False) == f"{check} {source} || exit 5; {sent.command}"
     assert sent.entrypoint(installed=True) == f"{check} || exit 5; {sent.command}"
-    assert upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here) == sent
+    assert job_upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here) == sent
     (here / "names.txt").write_text("dog\ncat\n")
-    assert upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here).command != sent.command
+    assert job_upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here).command != sent.command
     (here / "more/bad.csv").unlink()  # then it is one of the cluster
-    sent = upload.search_upload(recipe, here / "study", [], here)
+    sent = job_upload.search_upload(recipe, here / "study", [], here)
     assert sent.paths[-1] == here / "more/bad.csv"
     assert f"exclude: {here}/more/bad.csv" in sent.files["recipe.yaml"]
-    sent = upload.search_upload(recipe, here / "a study; rm", ["--again", "it's me"], here)
+    sent = job_upload.search_upload(recipe, here / "a study; rm", ["--again", "it's me"], here)
     words = shlex.split(sent.command)  # paths with spaces stay one word for the shell
     assert (words[words.index("--study") + 1], words[-1]) == (f"{here}/a study; rm", "it's me")
     assert jobs.job_id(here / "a study; rm").startswith("carft-a-study-rm-")
@@ -287,7 +287,7 @@ def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboa
 def test_a_search_is_submitted_with_this_package_followed_to_its_end_and_its_exit_code_is_ours(
     here, dashboard, submit, monkeypatch
 ):
-    for redirection in server.REDIRECTIONS:
+    for redirection in jobs.REDIRECTIONS:
         monkeypatch.setenv(redirection, "http://127.0.0.1:9")
     dashboard.pieces = [f"line {n}\n" for n in range(7)]
     dashboard.polls, dashboard.without_log = 5, (2, 3, 5)  # when the log cannot be had
@@ -428,7 +428,7 @@ def test_a_head_that_hangs_or_is_none_is_told_in_one_message(here, dashboard, ru
         return told(err)
 
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patience:
-        patience.setattr(server, "SILENCE_S", 0.2)
+        patience.setattr(jobs, "SILENCE_S", 0.2)
         port = silent.getsockname()[1]
         assert ": silence for 0.2 s" in message(f"127.0.0.1:{port}")
     none = "no Ray dashboard answers"
@@ -482,7 +482,7 @@ def test_submit_waits_for_the_agent_of_the_head_and_names_its_port_where_there_i
 
 
 def begin(*words, **environ):
-    command = [sys.executable, "-m", "carft_ray.launch.jobs.package", *words]
+    command = [sys.executable, "-m", "carft_ray.launch.job_package", *words]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ})
     return done.returncode, told(done.stderr)
 
@@ -594,12 +594,12 @@ def test_a_list_outside_the_folder_of_the_recipe_is_sent_where_it_is_asked_for(h
     (here / "r.yaml").write_text(RECIPE.replace("names.txt", str(lists / "names.txt")))
     recipe = load_recipe(here / "r.yaml")
     for send in ([lists / "names.txt"], [lists]):
-        sent = upload.search_upload(recipe, here / "study", [], here, send)
+        sent = job_upload.search_upload(recipe, here / "study", [], here, send)
         assert sent.files["files/0-bad.csv"] == "18446744073709551615\n"  # what was read, and no other column
         assert "names.txt" not in sent.files["recipe.yaml"]
         assert "- cat" in sent.files["recipe.yaml"]
     with pytest.raises(UsageError, match=r"names.txt: must be in the folder of the recipe"):
-        upload.search_upload(recipe, here / "study", [], here, [here / "lists"])
+        job_upload.search_upload(recipe, here / "study", [], here, [here / "lists"])
 
 
 def test_variables_are_given_by_name_and_their_values_reach_the_job_alone(here, dashboard, submit, monkeypatch):

@@ -16,7 +16,7 @@ from test_mirror import ended
 
 import cluster
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.mirror import NUMBERS
+from carft_ray.store.copy import NUMBERS
 
 pytestmark = pytest.mark.nodes
 

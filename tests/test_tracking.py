@@ -24,8 +24,8 @@ from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, webhook
 from carft_ray.launch.outbox import Ended, sending
 from carft_ray.launch.tracking import trackers
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.store.result import read_result, write_result
-from carft_ray.study.outcome import TrialRow, TrialSpec
+from carft_ray.store.record import read_result, write_result
+from carft_ray.study.training import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")

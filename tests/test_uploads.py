@@ -16,9 +16,10 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop
 from carft_ray.layout import RESULT, STATE, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.copy import ALL, NUMBERS
 from carft_ray.study import uploads
-from carft_ray.study.mirror import ALL, NUMBERS, own_folder
 from carft_ray.study.opening import open_study
+from carft_ray.study.place import own_folder
 
 
 @pytest.fixture

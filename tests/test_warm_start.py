@@ -18,7 +18,7 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.identity import study_recipe
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.warm_start import inherited_reads
 

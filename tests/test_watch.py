@@ -25,11 +25,11 @@ from rich.console import Console
 from carft_ray.errors import StorageError
 from carft_ray.launch import events
 from carft_ray.results.reading.study_view import Overview, read_study
-from carft_ray.store.result import write_result
-from carft_ray.study.mirror import log_at
+from carft_ray.store.record import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialRow, TrialSpec
+from carft_ray.study.place import log_at
 from carft_ray.study.rows import baselines, trials
+from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.ui import console, live, progress
 from carft_ray.ui.live import SearchView
 

@@ -37,8 +37,8 @@ from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
 from carft_ray.study.holding import is_study
-from carft_ray.study.identity import recipe_for_use, study_recipe
-from carft_ray.study.mirror import in_bucket, named, own_folder
+from carft_ray.study.place import in_bucket, named, own_folder
+from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
     """
     if train is None:
         require_trusted(recipe, trust)
-        from carft_ray.launch.runtime import RUNNER
+        from carft_ray.launch.worker import RUNNER
 
         return recipe, RUNNER
     named = recipe.train.model_copy(update={"function": None})  # the function is here; baselines may name others

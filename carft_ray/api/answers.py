@@ -13,7 +13,7 @@ from carft_ray.api.studies import Study, rows_table
 from carft_ray.errors import CarftError, require_choice
 from carft_ray.layout import PAGE
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.training import TrialRow
 from carft_ray.ui import console, notebook
 
 
@@ -69,7 +69,7 @@ class Searched(Study):
 
     def check(self) -> None:
         """Raises a ``MachineError`` with the reasons when trainings were set aside."""
-        from carft_ray.launch.failures.causes import set_aside_error
+        from carft_ray.launch.ray_errors import set_aside_error
 
         if self.set_aside:
             raise set_aside_error(self.set_aside, self.resume_command)

@@ -30,9 +30,9 @@ from carft_ray import files
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.study_view import read_study, require_study
-from carft_ray.study.identity import study_recipe
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import baselines, best_first, best_row, trials
+from carft_ray.study.training import TrialRow
 from carft_ray.ui import console, notebook
 
 Kind = Literal["trial", "baseline"]

@@ -97,7 +97,8 @@ def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Ov
     """
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
-    from carft_ray.study.mirror import STATE, own_folder
+    from carft_ray.store.copy import STATE
+    from carft_ray.study.place import own_folder
 
     view = view or read_study(own_folder(study, need=None) if changed else study, STATE)
     if behind_zero_shot(view):

@@ -22,8 +22,8 @@ def dashboard(
     """
     from carft_ray.api.checks import require_versions
     from carft_ray.results.reading import study_view
+    from carft_ray.store.copy import STATE
     from carft_ray.study.dashboard import serve
-    from carft_ray.study.mirror import STATE
 
     require_versions("dashboard")
     study_view.require_study(study, need=STATE)

@@ -58,7 +58,7 @@ def doctor(
     reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:
         if address is not None:
-            from carft_ray.launch.ray_cluster import checkup, cluster
+            from carft_ray.launch import checkup, cluster
             from carft_ray.layout import RAY_LOG
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))

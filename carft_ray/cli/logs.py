@@ -21,7 +21,8 @@ def logs(
 ) -> None:
     """Print the log of one trial: the start of each attempt, and the traceback of each failure."""
     from carft_ray.results.reading import logs, study_view
-    from carft_ray.study.mirror import STATE, bring
+    from carft_ray.store.copy import STATE
+    from carft_ray.study.place import bring
     from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:

@@ -24,8 +24,9 @@ def list_(
 ) -> None:
     """List the trials of a study, or the studies in a folder. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
+    from carft_ray.store.copy import STATE
     from carft_ray.study.holding import is_study
-    from carft_ray.study.mirror import STATE, fetched
+    from carft_ray.study.place import fetched
 
     require_choice("--sort", "must be an order", sort, ORDERS)
     folder = fetched(place, STATE)

@@ -37,7 +37,7 @@ def plan(
     from carft_ray.launch.forecast import beyond_budget, forecast, measure
     from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
-    from carft_ray.study.mirror import fetched, in_bucket
+    from carft_ray.study.place import fetched, in_bucket
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "cannot be used with --price-per-gpu-hour: give one price"))

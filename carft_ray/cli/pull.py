@@ -21,7 +21,7 @@ def pull(
     json_: common.JsonOption = False,
 ) -> None:
     """Copy a study with its weights from a bucket to a folder. The copy's manifest names its source."""
-    from carft_ray.study import mirror
+    from carft_ray.study import place
     from carft_ray.ui.progress import counting
 
     with (
@@ -29,7 +29,7 @@ def pull(
         counting() as begin,
     ):
         tell = begin("pulling, MB")
-        answer = mirror.pull(address, folder, lambda done, total: tell(done // MB, -(-total // MB)))
+        answer = place.pull(address, folder, lambda done, total: tell(done // MB, -(-total // MB)))
     if not console.print_json(answer, json_):
         size = console.size_text(answer["num_bytes"])
         console.say(f"Copied {counted(answer['commits'], 'commit')} and {counted(answer['files'], 'file')} ({size}).")

@@ -24,7 +24,7 @@ def status(
 ) -> None:
     """Show the progress of a study: counts, best trial, running trials, budget. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
-    from carft_ray.study.mirror import STATE
+    from carft_ray.store.copy import STATE
 
     if watch and json_:
         raise UsageError(Problem("--json", "cannot be used with --watch"))
@@ -100,7 +100,7 @@ def _watch(study: str, every_s: float) -> bool:
     from rich.live import Live
 
     from carft_ray.results.reading import study_view
-    from carft_ray.study.mirror import STATE
+    from carft_ray.store.copy import STATE
     from carft_ray.ui.live import SearchView
 
     on_terminal = console.out.is_terminal and not console.out.is_dumb_terminal

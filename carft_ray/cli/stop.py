@@ -20,7 +20,8 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
-    from carft_ray.study.mirror import STATE, absolute, named
+    from carft_ray.store.copy import STATE
+    from carft_ray.study.place import absolute, named
 
     study_view.require_study(study, "must be a study or the folder of a training", STATE)
     place = absolute(study)

@@ -19,8 +19,8 @@ from carft_ray.ui import console
 from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
-    from carft_ray.launch.jobs.server import Server
-    from carft_ray.launch.jobs.upload import Upload
+    from carft_ray.launch.job_upload import Upload
+    from carft_ray.launch.jobs import Server
     from carft_ray.recipe.schema.recipe import Recipe
 
 
@@ -58,11 +58,11 @@ def submit(
     """
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "needs exactly one of: a recipe, --resume, --attach"))
-    from carft_ray.launch.jobs import jobs, server, upload
-    from carft_ray.study.mirror import absolute, in_bucket
+    from carft_ray.launch import job_upload, jobs
+    from carft_ray.study.place import absolute, in_bucket
 
     if attach is not None:
-        _follow(server.connect(address), attach, json_)
+        _follow(jobs.connect(address), attach, json_)
         return
     if (recipe is None) != (study is None):
         what = "--study" if study is None else "a recipe"
@@ -75,11 +75,13 @@ def submit(
     if resume is not None:
         if send:
             console.warn("--send has no effect with --resume, which sends no list")
-        sent = upload.resume_upload(resume, [*common.option_words(set=overrides), *words])
+        sent = job_upload.resume_upload(resume, [*common.option_words(set=overrides), *words])
     elif recipe is not None and study is not None:
         home = recipe.absolute().parent
-        checked = _checked(recipe, overrides, shared, lambda path: upload.require_sendable([path], home, send or ()))
-        sent = upload.search_upload(checked, study, words, home, send or ())
+        checked = _checked(
+            recipe, overrides, shared, lambda path: job_upload.require_sendable([path], home, send or ())
+        )
+        sent = job_upload.search_upload(checked, study, words, home, send or ())
         tracked = checked.tracking.wandb
         if tracked.project is not None and not tracked.offline and "WANDB_API_KEY" not in (env or ()):
             console.say(
@@ -93,13 +95,13 @@ def submit(
     if dry_run:
         _show(sent, sorted(variables), address, installed, json_)
         return
-    cluster = server.connect(address)
+    cluster = jobs.connect(address)
     name = _send(cluster, sent, variables, installed)
     if not no_wait:
         _follow(cluster, name, json_)
     elif not console.print_json({"address": cluster.address, **jobs.described(jobs.find_job(cluster, name))}, json_):
         of_ray = [("logs", name), ("stop", name), ("list",)]
-        console.next_step(_attach(cluster, name), *(server.ray_job(cluster, *words) for words in of_ray))
+        console.next_step(_attach(cluster, name), *(jobs.ray_job(cluster, *words) for words in of_ray))
 
 
 def _checked(
@@ -121,7 +123,7 @@ def _checked(
 
 def _send(server: "Server", upload: "Upload", variables: dict[str, str], installed: bool) -> str:
     """Submits a search, unless its study has a job that runs; returns the id of the job."""
-    from carft_ray.launch.jobs import jobs, package
+    from carft_ray.launch import job_package, jobs
 
     if (job := jobs.running_job(server, upload.study)) is not None:
         console.warn(f"{job.submission_id} already runs on {upload.study}: nothing was submitted")
@@ -132,7 +134,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
         console.say(f"Not on this machine, so it must be on the cluster: {absent[0]}{more}.")
     with tempfile.TemporaryDirectory(prefix="carft-submit-") as folder:
         upload.write(Path(folder))
-        modules = [] if installed else package.folders()
+        modules = [] if installed else job_package.folders()
         environment = jobs.runtime_env(Path(folder) if upload.files else None, modules, variables)
         name = jobs.submit(server, upload.study, upload.entrypoint(installed), environment, console.say)
     console.say(f"Submitted {name} to {server.address}.")
@@ -141,8 +143,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
 
 def _follow(server: "Server", name: str, json_: bool) -> None:
     """Shows the log of a job, and ends as the job does."""
-    from carft_ray.launch.jobs import jobs
-    from carft_ray.launch.jobs.server import ray_job
+    from carft_ray.launch import jobs
 
     job = jobs.find_job(server, name)
     name = str(job.submission_id)
@@ -153,7 +154,9 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
         stream.flush()
 
     if not job.status.is_terminal():
-        console.say(f"Its log follows; Ctrl-C leaves the job running. Stop it with: {ray_job(server, 'stop', name)}")
+        console.say(
+            f"Its log follows; Ctrl-C leaves the job running. Stop it with: {jobs.ray_job(server, 'stop', name)}"
+        )
     with common.interrupted_as(f"detached; the job {name} continues", f"Attach with: {_attach(server, name)}"):
         job = jobs.follow(server, name, write)
     answer = jobs.described(job)
@@ -169,13 +172,13 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 
 def _show(upload: "Upload", variables: Sequence[str], address: str | None, installed: bool, json_: bool) -> None:
     """Prints all that would be sent, of variables their names."""
-    from carft_ray.launch.jobs import jobs, package, server
+    from carft_ray.launch import job_package, jobs
     from carft_ray.recipe.text import dump
 
-    modules = [] if installed else package.folders()
+    modules = [] if installed else job_package.folders()
     answer: dict[str, Any] = {
-        "address": server.dashboard_address(address),
-        "token_from": server.find_token()[1] or None,
+        "address": jobs.dashboard_address(address),
+        "token_from": jobs.find_token()[1] or None,
         "job": jobs.job_id(upload.study),
         "study": upload.study,
         "entrypoint": upload.entrypoint(installed),

@@ -22,7 +22,8 @@ def evaluate_test_sets(
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.results.test_sets.sealed_read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines
-    from carft_ray.study.mirror import MODELS, named, own_folder
+    from carft_ray.store.copy import MODELS
+    from carft_ray.study.place import named, own_folder
 
     step = f"Resume with: {common.command_line('test', study, trust_paths=trust_paths)}"
     with common.interrupted_as("stopped; the results so far are kept", step):

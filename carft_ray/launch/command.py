@@ -4,7 +4,7 @@ with open_study(...) as study:          # the claim, no stop file of before, the
     resolved.yaml, recovery             # of this command; what has ended is recorded, the rest is queued
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
-        run_trainings(study, runtime)   # ``launch.trainings``
+        run_trainings(study, runtime)   # ``launch.here``
     end(study, ran)                     # the result, or why there is none
 
 Killed and run again, each continues where it was.
@@ -25,55 +25,49 @@ from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
-from carft_ray.errors import (
-    BudgetError,
-    CarftError,
-    DivergedError,
-    InterruptedRunError,
-    Problem,
-    UsageError,
-)
+from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch import events
+from carft_ray.launch.budget import nothing_within_budget, used_up
+from carft_ray.launch.capacity import Node, crowding
+from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import Note, OnEvent, Preparing
-from carft_ray.launch.failures.causes import no_successful_trial, set_aside_error
+from carft_ray.launch.file_transfer import start_files
+from carft_ray.launch.here import STOPPED, run_trainings
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
+from carft_ray.launch.nodes import await_nodes, may_grow
 from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Node, crowding
-from carft_ray.launch.ray_cluster.growth import await_nodes, may_grow
-from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
-from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say, make_runtime
-from carft_ray.launch.stop import interruption, interruptions_as, used_up
-from carft_ray.launch.study_files import start_files
-from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.launch.ray_errors import no_successful_trial, set_aside_error
+from carft_ray.launch.ray_private import forget_pickled_columns
+from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
+from carft_ray.launch.stop import interruption, interruptions_as
+from carft_ray.launch.worker import RUNNER
 from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.recipe.shared_targets import decide_targets
 from carft_ray.recipe.space.grid import num_trials
-from carft_ray.study import outcome
-from carft_ray.study.holding import is_ours, is_study, log_of
-from carft_ray.study.identity import recorded_recipe
+from carft_ray.store.log import log_of
+from carft_ray.store.record import progress_words
+from carft_ray.study.holding import is_ours, is_study
 from carft_ray.study.ledger import note_test_sets
-from carft_ray.study.mirror import DRIVEN, address_in, named
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Kind, TrialRow
+from carft_ray.study.place import DRIVEN, address_in, named
 from carft_ray.study.provenance import record_provenance
+from carft_ray.study.recipe_identity import recorded_recipe
 from carft_ray.study.recovery import recover_given, recover_running
 from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
 from carft_ray.study.study import Study
+from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.study.uploads import open_log
 from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
 
 NAME = "train"  # of the training of `train`
-
 Trainings = Mapping[str, dict[str, Any]]
 Around = Callable[[Study, int], AbstractContextManager[None]]
 R = TypeVar("R")
-
 logger = logging.getLogger(__name__)
 
 
@@ -82,7 +76,7 @@ class Plan:
     """What a command trains, from where the values come, and who is told.
 
     Attributes:
-        recipe: The recipe. What may differ from that of an existing study is in ``study.identity``.
+        recipe: The recipe. What may differ from that of an existing study is in ``study.recipe_identity``.
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
@@ -223,7 +217,7 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
     """Returns how far a plan is, by what lies in the folder: Ctrl-C may have spoiled a commit."""
     if plan.alone:
         training = f"{FOLDERS[plan.kind]}/{NAME}"
-        words = outcome.progress_words(study.study_dir / training, study.log.store.known(training))
+        words = progress_words(study.study_dir / training, study.log.store.known(training))
         return f"it continues from {words}"
     wanted, finished = _counts(plan, rows_by_kind(study.study_dir)[plan.kind], trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
@@ -341,7 +335,7 @@ def run_search(plan: Plan) -> SearchResult:
         rows, set_aside = study.rows(), study.set_aside()
         best = best_row(rows)
         if best is None and ran.out_of_budget:
-            raise _nothing_within_budget(recipe, rows, ran.out_of_budget, again)
+            raise nothing_within_budget(recipe, rows, ran.out_of_budget, again)
         if best is None and set_aside:
             raise set_aside_error(set_aside, again)
         if best is None:
@@ -407,20 +401,12 @@ def train_once(plan: Plan, resume: bool = False) -> tuple[dict[str, Any], dict[s
         if row.set_aside:
             raise set_aside_error([row], plan.resume_command)
         if row.outcome == "complete":
-            return outcome.result_of(out_dir, row), ran.zero_shot
+            return result_of(out_dir, row), ran.zero_shot
         kind = DivergedError if row.outcome == "diverged" else CarftError
         raise kind(Problem(NAME, row.reason, next_step=f"Details are in {row.folder(out_dir) / LOG}."))
 
     one = replace(plan, recipe=single(plan.recipe), study_dir=out_dir, given=lambda study: {NAME: {}}, alone=True)
     return run(one, found)
-
-
-def _nothing_within_budget(recipe: Recipe, rows: Sequence[TrialRow], ended: str, again: str) -> BudgetError:
-    begun = sum(row.outcome == "running" for row in rows)
-    rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
-    hours = recipe.budget.gpu_hours
-    more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
-    return BudgetError(Problem("budget", rule, next_step=f"Give more and continue with: {again} {more}"))
 
 
 def _check_folder(out_dir: Path, resume: bool) -> None:

@@ -3,7 +3,8 @@
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
 **ended** (``ended``). Between, ``poll`` reads what was posted, the epochs of what runs, whether a stop was asked for,
 and the budget; what is to end gets its order through the mailbox.
-Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
+Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.here``) calls these four, each from one
+thread.
 """
 
 import contextlib
@@ -17,22 +18,22 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events, micro_batch
-from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
-from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.budget import BUDGET_STOP, used_up
+from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Process
-from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.stop import BUDGET_STOP, used_up
+from carft_ray.launch.nodes import BadNodes, Drains
+from carft_ray.launch.ray_errors import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
+from carft_ray.store import record
+from carft_ray.store.copy import NUMBERS
 from carft_ray.store.folder import check_name
-from carft_ray.study import outcome
+from carft_ray.store.record import append_log, log_lost
 from carft_ray.study.holding import STOPPING
-from carft_ray.study.mirror import NUMBERS
-from carft_ray.study.outcome import Failure, TrialRow, TrialSpec, append_log, log_lost
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
+from carft_ray.study.training import Failure, TrialRow, TrialSpec
 from carft_ray.words import counted
 
 FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP = 5, 2  # at least, and times as many as run at a time
@@ -431,7 +432,7 @@ class Driver:
             leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
             if failure is None and leaves and not gone:
                 known = self.study.log.store.known(spec.training)
-                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
+                record.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
                 self.study.repeat(spec)
                 self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))
                 return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carft_ray.recipe.schema.constraints import violation_words
-from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+from carft_ray.study.training import Kind, TrialRow, TrialSpec
 from carft_ray.words import counted, counted_trainings, value_text
 
 

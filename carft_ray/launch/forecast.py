@@ -24,12 +24,13 @@ from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare
+from carft_ray.launch.here import run_trainings
 from carft_ray.launch.preparation import fill_nodes
-from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.runtime import RUNNER, Say, there
+from carft_ray.launch.runtime import Say
 from carft_ray.launch.stop import interruption
-from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
@@ -37,8 +38,8 @@ from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import result_of
 from carft_ray.study.recovery import recover_given
+from carft_ray.study.training import result_of
 
 NUM_DRAWS = 1000  # of the values of a trial
 OUTSIDE_S = 10.0  # imports, start and end of Ray, table, figure

@@ -1,8 +1,8 @@
 """The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of steps and
-                          epochs and lines of the log; the answer is its order
-    group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
+    rank of a training    ``worker.Poster``: every second how far it is, and how it failed; rank 0 also rows of steps
+                          and epochs and lines of the log; the answer is its order
+    group of workers      what it has ended, and what it is to do next (``launch.group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
@@ -16,19 +16,20 @@ import contextlib
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
-from carft_ray.launch.named_actor import NamedActor, started_here
-from carft_ray.study.outcome import Failure
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-POST_EVERY_S = 1.0
+from carft_ray.study.training import Failure
+
 EXCHANGE_EVERY_S = 0.5
 PATIENCE_S = 60.0
 CALL_TIMEOUT_S = 10.0
 RETRY_EVERY_S = 0.2
-
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
 # workers may get the next training; outdated: another attempt runs
 Order = Literal["go", "cut", "stop", "leave", "outdated"]
@@ -36,6 +37,7 @@ Kind = Literal["step", "row", "log", "sent", "gone"]
 # metrics of some steps; those of an epoch; text of the log; names of files that its node has put into the bucket of the
 # study; names of those that it has removed since
 Record = tuple[Kind, Any]
+NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in another one by default
 
 
 class Wish(NamedTuple):
@@ -59,7 +61,7 @@ class Process:
 
     Attributes:
         pid: Its number.
-        started: When it began (``store.owner.process_started``).
+        started: When it began (``store.process.process_started``).
         node_id: Ray's name of its node; empty without Ray.
         group: Ray's name of the placement group of the workers; empty when there is none.
         nodes: Of each rank: Ray's name of its node, and the node's address; empty until the ranks have met.
@@ -197,6 +199,73 @@ class Mailbox:
             return self._work.get(group)
 
 
+class NamedActor:
+    """The actor; travels to workers by its name.
+
+    Tune keeps what it was given, and pickles it again with the next Ray of this process when it could not before; the
+    handle of an actor that is gone would end the process there.
+
+    Args:
+        name: Of the actor.
+        actor: Its first handle, which keeps it alive.
+    """
+
+    def __init__(self, name: str, actor: Any = None) -> None:
+        self._name, self._actor, self._what = name, actor, name.rpartition("-")[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves the handle out."""
+        return type(self), (self._name,)
+
+    def begin(self, method: str, *given: Any) -> Any:
+        """Calls a method; returns Ray's reference to what it will return.
+
+        Raises:
+            ConnectionError: There is no such actor, or Ray cannot carry the call: its store and the disk are full, say.
+        """
+        try:
+            try:
+                self._actor = self._actor or ray.get_actor(self._name, NAMESPACE)
+            except ValueError as error:
+                raise ConnectionError(f"the {self._what} is gone") from error
+            return getattr(self._actor, method).remote(*given)
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the {self._what} cannot be asked: {type(error).__name__}") from error
+
+    def result(self, begun: Any, timeout_s: float) -> Any:
+        """Returns what a call that was begun returns.
+
+        Raises:
+            ConnectionError: There is no answer in time, or the actor's process has ended.
+            Exception: What the method has raised.
+        """
+        try:
+            return ray.get(begun, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", error) from None
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the {self._what} does not answer: {type(error).__name__}") from error
+
+
+def started_here(make: type, name: str, *given: Any, threads: int = 1) -> tuple[str, Any]:
+    """Starts an actor on this node; it ends with this driver, and Ray starts it again when its process dies.
+
+    Args:
+        make: Its class.
+        name: What its name begins with.
+        given: To the class.
+        threads: Calls at a time.
+
+    Returns:
+        What a ``NamedActor`` takes.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    name = f"{name}-{uuid.uuid4().hex}"
+    named: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
+    remote: Any = ray.remote
+    return name, remote(**named, max_concurrency=threads, scheduling_strategy=here)(make).remote(*given)
+
+
 class RemoteMailbox(NamedActor):
     """The actor, for whoever holds this."""
 
@@ -223,84 +292,6 @@ class RemoteMailbox(NamedActor):
 def start_mailbox() -> RemoteMailbox:
     """Starts the actor on this node."""
     return RemoteMailbox(*started_here(Mailbox, "mailbox"))
-
-
-class Poster:
-    """Posts for one rank of an attempt, in a thread, so that no step waits for the mailbox.
-
-    Used as a context: the first post is made before the block begins, the last one after it.
-
-    Args:
-        box: The mailbox.
-        training: Folder of the training within the study.
-        attempt: Number of the attempt.
-        rank: Of this worker.
-        process: This one, of rank 0.
-
-    Attributes:
-        order: The last one.
-    """
-
-    def __init__(self, box: Box, training: str, attempt: int, rank: int = 0, process: Process | None = None) -> None:
-        self.order: Order = "go"
-        self._box, self._post = box, Post(training, attempt, rank, process=process)
-        self._heard_at = time.monotonic()
-        self._records: list[Record] = []  # that the driver may not have
-        self._num_taken = 0  # by it, of those before
-        self._posting = threading.Lock()
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
-
-    def __enter__(self) -> "Poster":
-        self.post()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._ends.set()
-        self._thread.join()
-        limit = time.monotonic() + CALL_TIMEOUT_S
-        while not self.post() and time.monotonic() < limit:  # how it has ended, and the last records
-            time.sleep(RETRY_EVERY_S)
-
-    def knows(self, **found: Any) -> None:
-        """Takes fields of ``Process``, of rank 0, and posts them."""
-        if self._post.process is not None:
-            self._post = replace(self._post, process=replace(self._post.process, **found))
-            self.post()
-
-    def step(self) -> Order:
-        """Sends a heartbeat; returns the order."""
-        self._post = replace(self._post, steps=self._post.steps + 1)
-        return self.order
-
-    def failed(self, failure: Failure) -> None:
-        """Takes how the attempt has ended for this rank."""
-        self._post = replace(self._post, failure=failure)
-
-    def record(self, kind: Kind, value: Any) -> None:
-        """Takes a record for the driver."""
-        self._records.append((kind, value))
-
-    def post(self) -> bool:
-        """Posts at once; tells whether there was an answer. None for ``PATIENCE_S`` makes the order ``leave``."""
-        with self._posting:
-            try:
-                post = replace(self._post, records=tuple(self._records), first=self._num_taken)
-                answer = self._box.post(post)
-            except OSError:
-                if time.monotonic() - self._heard_at >= PATIENCE_S:
-                    self.order = "leave"
-                return False
-            self.order, self._heard_at = answer.order, time.monotonic()
-            num_taken = max(self._num_taken, answer.num_taken)  # an outdated attempt is not told
-            del self._records[: num_taken - self._num_taken]
-            self._num_taken = num_taken
-            return True
-
-    def _run(self) -> None:
-        while not self._ends.wait(POST_EVERY_S):
-            self.post()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from carft_ray.errors import OutOfMemoryError
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study import typed
-from carft_ray.study.outcome import Failure
+from carft_ray.study.training import Failure
 from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations

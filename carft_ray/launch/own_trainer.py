@@ -14,7 +14,8 @@ from typing import Any
 from ray import cloudpickle
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.launch.runtime import RUNNER, Runner
+from carft_ray.launch.runtime import Runner
+from carft_ray.launch.worker import RUNNER
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.own_function import MAIN, OwnFunction, check_signature
 from carft_ray.training.run_context import RunContext
@@ -53,7 +54,7 @@ def with_function(recipe: Recipe, fn: Callable[..., Any]) -> tuple[Recipe, Runne
 
 
 class OwnTraining:
-    """The training of a runner: ``runtime.train`` with a function that was given.
+    """The training of a runner: ``worker.train`` with a function that was given.
 
     Args:
         function: The function, or what ``cloudpickle`` makes of it.

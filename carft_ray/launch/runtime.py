@@ -2,16 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from carft_ray.data.copies.shared_images import read_shared, without_shared
+from carft_ray.launch.capacity import Capacity, Node, capacity_of
+from carft_ray.launch.file_transfer import StudyFiles
 from carft_ray.launch.mailbox import Box, Mailbox
-from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
-from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
-from carft_ray.launch.study_files import StudyFiles
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.run_context import RunContext
 
@@ -19,20 +16,7 @@ Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], None]
 Prepare = Callable[[Recipe, Path, Say], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
-
 STOP_CHECK_S = 0.5
-
-
-def there(name: str, *given: Any) -> Any:
-    """Calls a function ``MODULE:NAME``, imported where it runs: the driver holds no torch."""
-    function = resolve_name(name)
-    forget_pickled_columns()
-    return function(*given)
-
-
-fill: Fill = partial(there, "carft_ray.training.shared_inputs:fill_cache")
-prepare: Prepare = partial(there, "carft_ray.training.run:prepare")
-train: Train = partial(there, "carft_ray.training.run:run_training")
 
 
 @dataclass(frozen=True)
@@ -50,16 +34,13 @@ class Runner:
     fill: Fill | None = None
 
 
-RUNNER = Runner(prepare, train, fill)
-
-
 @dataclass(frozen=True)
 class Runtime:
     """What every training of a search shares; travels to the workers.
 
     Attributes:
         recipe: With ``cpus_per_worker`` and ``gpus_per_worker`` resolved.
-        study_dir: The study directory; nodes that do not see it have ``launch.at_hand``.
+        study_dir: The study directory; nodes that do not see it have ``launch.node_files``.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.

@@ -1,12 +1,7 @@
-"""How a search is asked to stop: by a signal, by another process, or because its budget is used up.
+"""How a search is asked to stop: by a signal, or by another process.
 
-All of them meet in ``study.holding.Stop``, which the driver asks: running trainings write a checkpoint and end. The
-reason is a record of the log. A running training needs a while for its end, and an evaluation is finished first. So a
-budget asks earlier, by the longest such while seen in this search.
-
-    margin = min(LEAST_MARGIN_S + longest while, limit / 4)
-
-A trial that cannot end within the rest is begun all the same: it leaves a checkpoint, and ``resume`` continues it.
+Both meet a budget that is used up (``launch.budget``) in ``study.holding.Stop``, which the driver asks: running
+trainings write a checkpoint and end. The reason is a record of the log.
 """
 
 import contextlib
@@ -20,15 +15,11 @@ from types import FrameType
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
-from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.log import BEAT_AFTER_S, READERS_SILENT_FOR_S
 from carft_ray.study.holding import Stop
-from carft_ray.study.mirror import Place, in_bucket, log_at, stop_request
+from carft_ray.study.place import Place, in_bucket, log_at, stop_request
 
-BUDGET_STOP = "budget: "  # how the reason begins when the budget is used up; what follows is the limit
-LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
-LARGEST_MARGIN = 0.25  # of the limit
 CHECK_EVERY_S = 0.5
 HEARD_S = BEAT_AFTER_S + 15.0  # a wait for a heartbeat
 TELL_AFTER_S = 30.0  # of a wait for what was asked to stop
@@ -140,28 +131,3 @@ def wait_until_free(place: Place, holder: str, tell: Callable[[str], None], see:
         time.sleep(CHECK_EVERY_S)
         if log.follow():
             heard = time.monotonic()
-
-
-def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:
-    """Returns which limit is reached, as a sentence without a full stop; empty when none is.
-
-    Args:
-        limits: The budget of the recipe.
-        elapsed_s: Seconds since this search began.
-        gpu_s: GPU seconds of all attempts of the study, those that run included.
-        gpus: GPUs that running trainings hold; they hold them until they have ended.
-        longest_end_s: The longest that a training took to end, or to make a step, as far as was seen.
-    """
-    if limits.wall_time is not None and elapsed_s >= limits.wall_time - margin_s(limits.wall_time, longest_end_s):
-        return f"the wall time is used up (budget.wall_time, {limits.wall_time:g} s)"
-    if limits.gpu_hours is not None:
-        limit_s = limits.gpu_hours * 3600
-        margin = min(gpus * longest_end_s, LARGEST_MARGIN * limit_s)
-        if gpu_s >= limit_s - margin:
-            return f"{gpu_s / 3600:.3g} GPU hours are used (budget.gpu_hours, {limits.gpu_hours:g})"
-    return ""
-
-
-def margin_s(limit_s: float, longest_end_s: float) -> float:
-    """Returns how many seconds before the limit trainings are asked to stop."""
-    return min(LEAST_MARGIN_S + longest_end_s, LARGEST_MARGIN * limit_s)

@@ -25,8 +25,8 @@ from carft_ray.launch.events import BaselineFinished, Event, TrialEpoch, TrialFi
 from carft_ray.launch.outbox import Receiver
 from carft_ray.layout import METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.identity import read_manifest
-from carft_ray.study.outcome import result_of
+from carft_ray.study.recipe_identity import read_manifest
+from carft_ray.study.training import result_of
 
 STOPPED = "stopped"
 CURVE = ("alpha", "id_accuracy", "ood_accuracy", "objective")  # of a point

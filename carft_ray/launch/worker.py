@@ -8,29 +8,33 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import errors, files
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
-from carft_ray.launch.at_hand import Delivery, sees, training_at_hand
-from carft_ray.launch.failures import causes
-from carft_ray.launch.mailbox import Order, Poster, Process
+from carft_ray.launch import ray_errors
+from carft_ray.launch.mailbox import CALL_TIMEOUT_S, PATIENCE_S, RETRY_EVERY_S, Box, Kind, Order, Post, Process, Record
 from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.runtime import Runtime
+from carft_ray.launch.node_files import Delivery, sees, training_at_hand
+from carft_ray.launch.ray_private import forget_pickled_columns
+from carft_ray.launch.runtime import Fill, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
-from carft_ray.store.owner import process_started
-from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, TrialSpec
+from carft_ray.store import record
+from carft_ray.store.process import process_started
+from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.out_of_memory import free_device, free_host, is_out_of_memory
 from carft_ray.training.run_context import RunContext
 
@@ -39,6 +43,98 @@ STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended
 STACKS_TIMEOUT_S = 10.0
 # all that ``torch.save`` says of a full disk
 TORCH_SAVE = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed")
+POST_EVERY_S = 1.0
+
+
+def there(name: str, *given: Any) -> Any:
+    """Calls a function ``MODULE:NAME``, imported where it runs: the driver holds no torch."""
+    function = resolve_name(name)
+    forget_pickled_columns()
+    return function(*given)
+
+
+fill: Fill = partial(there, "carft_ray.training.shared_inputs:fill_cache")
+prepare: Prepare = partial(there, "carft_ray.training.run:prepare")
+train: Train = partial(there, "carft_ray.training.run:run_training")
+RUNNER = Runner(prepare, train, fill)
+
+
+class Poster:
+    """Posts for one rank of an attempt, in a thread, so that no step waits for the mailbox.
+
+    Used as a context: the first post is made before the block begins, the last one after it.
+
+    Args:
+        box: The mailbox.
+        training: Folder of the training within the study.
+        attempt: Number of the attempt.
+        rank: Of this worker.
+        process: This one, of rank 0.
+
+    Attributes:
+        order: The last one.
+    """
+
+    def __init__(self, box: Box, training: str, attempt: int, rank: int = 0, process: Process | None = None) -> None:
+        self.order: Order = "go"
+        self._box, self._post = box, Post(training, attempt, rank, process=process)
+        self._heard_at = time.monotonic()
+        self._records: list[Record] = []  # that the driver may not have
+        self._num_taken = 0  # by it, of those before
+        self._posting = threading.Lock()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
+
+    def __enter__(self) -> "Poster":
+        self.post()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        limit = time.monotonic() + CALL_TIMEOUT_S
+        while not self.post() and time.monotonic() < limit:  # how it has ended, and the last records
+            time.sleep(RETRY_EVERY_S)
+
+    def knows(self, **found: Any) -> None:
+        """Takes fields of ``Process``, of rank 0, and posts them."""
+        if self._post.process is not None:
+            self._post = replace(self._post, process=replace(self._post.process, **found))
+            self.post()
+
+    def step(self) -> Order:
+        """Sends a heartbeat; returns the order."""
+        self._post = replace(self._post, steps=self._post.steps + 1)
+        return self.order
+
+    def failed(self, failure: Failure) -> None:
+        """Takes how the attempt has ended for this rank."""
+        self._post = replace(self._post, failure=failure)
+
+    def record(self, kind: Kind, value: Any) -> None:
+        """Takes a record for the driver."""
+        self._records.append((kind, value))
+
+    def post(self) -> bool:
+        """Posts at once; tells whether there was an answer. None for ``PATIENCE_S`` makes the order ``leave``."""
+        with self._posting:
+            try:
+                post = replace(self._post, records=tuple(self._records), first=self._num_taken)
+                answer = self._box.post(post)
+            except OSError:
+                if time.monotonic() - self._heard_at >= PATIENCE_S:
+                    self.order = "leave"
+                return False
+            self.order, self._heard_at = answer.order, time.monotonic()
+            num_taken = max(self._num_taken, answer.num_taken)  # an outdated attempt is not told
+            del self._records[: num_taken - self._num_taken]
+            self._num_taken = num_taken
+            return True
+
+    def _run(self) -> None:
+        while not self._ends.wait(POST_EVERY_S):
+            self.post()
 
 
 def run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext) -> Order | Failure:
@@ -83,7 +179,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
             if context.rank == 0:
                 addresses = dict.fromkeys(address for _, address in nodes)
                 start = f" with {context.world_size} workers" if context.world_size > 1 else ""
-                start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
+                start += f" from {record.progress_words(folder)}" if spec.attempt > 1 else ""
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
             recipe = fitted(recipe, spec.fits, context.world_size)
@@ -233,10 +329,10 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
     if isinstance(error, errors.DivergedError):
         reason = "; ".join(str(replace(problem, next_step="")) for problem in error.problems)
         return Failure("diverged", reason, attempt, error.exit_code)
-    rank = causes.lost_rank(error, context)
+    rank = ray_errors.lost_rank(error, context)
     if rank is not None:
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line
-        node = nodes[rank][0] if rank != causes.UNKNOWN and nodes else ""
+        node = nodes[rank][0] if rank != ray_errors.UNKNOWN and nodes else ""
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
     if isinstance(error, OSError) and error.errno in files.DISK_STEPS:  # of a function of the user's own, say
         error = files.storage_error(Path(error.filename or "the disk"), error)

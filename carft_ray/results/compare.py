@@ -16,7 +16,7 @@ from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.headline import objective_difference
 from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
-from carft_ray.study.mirror import named
+from carft_ray.study.place import named
 from carft_ray.study.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")

@@ -13,7 +13,7 @@ from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.reading.status_and_ls import budget, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
-from carft_ray.study.mirror import Place
+from carft_ray.study.place import Place
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
 

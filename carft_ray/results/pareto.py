@@ -5,8 +5,8 @@ from typing import Any
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.front import front_of, front_rule, points_of
-from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_row
+from carft_ray.study.training import TrialRow
 from carft_ray.words import counted
 
 

@@ -27,9 +27,9 @@ from carft_ray.results.statistics.paired import later_best, row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, require_finished
+from carft_ray.study.training import TrialRow
 from carft_ray.words import counted, times
 
 OWN_CHOICES = (

@@ -20,13 +20,13 @@ from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.launch.events import OnEvent
-from carft_ray.launch.runtime import RUNNER
+from carft_ray.launch.worker import RUNNER
 from carft_ray.layout import PREPARED
 from carft_ray.model.device import gpu_names
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
-from carft_ray.study.outcome import result_of
 from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves
+from carft_ray.study.training import result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.origin import set_contents
 from carft_ray.words import counted

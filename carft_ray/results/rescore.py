@@ -22,9 +22,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow, result_of
+from carft_ray.study.place import named
 from carft_ray.study.rows import best_first, require_finished
+from carft_ray.study.training import TrialRow, result_of
 
 NOTE = (
     "The study was not changed. Its trials were proposed, and its best trial was chosen, by its own objective; each "

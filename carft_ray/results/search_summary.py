@@ -13,7 +13,7 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.stored import read_stored
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.mirror import named
+from carft_ray.study.place import named
 from carft_ray.study.rows import best_first
 from carft_ray.words import counted
 

@@ -22,8 +22,8 @@ from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.confirm.summary import complete_trainings, row_correct, whole_rows
 from carft_ray.study import typed
-from carft_ray.study.outcome import TrialRow, file_of
 from carft_ray.study.rows import ZERO_SHOT, confirmations
+from carft_ray.study.training import TrialRow, file_of
 
 Chosen = dict[str, dict[str, BoolArray]]
 

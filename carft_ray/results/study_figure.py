@@ -11,9 +11,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.figure import Curve, Dot, Pair, id_ood_figure, write
 from carft_ray.study.front import front_of
-from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished
 from carft_ray.study.study import Study
+from carft_ray.study.training import TrialRow, result_of
 from carft_ray.words import counted
 
 if TYPE_CHECKING:

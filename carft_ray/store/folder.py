@@ -105,7 +105,7 @@ class Store(Protocol):
 
         Args:
             name: A file or folder below the study.
-            need: Which files of it (``study.mirror.NUMBERS`` to ``ALL``).
+            need: Which files of it (``store.copy.NUMBERS`` to ``ALL``).
 
         Raises:
             StorageError: The bucket cannot be read, or the folder not be written.

@@ -1,12 +1,6 @@
 """The log of a study: numbered objects that never change, each one commit, and the journal of Optuna over them.
 
-    log/00000001    a line with the BLAKE2 of the next, and a line of JSON:
-                    number       of the commit, from 1
-                    previous     the BLAKE2 of the commit before; empty in the first
-                    time         when it was made, in seconds since 1970, by the clock of its writer
-                    owner        a word of the process that wrote it, for this log alone
-                    records      our own, each an object with a ``kind``
-                    operations   Optuna's
+    log/00000001    a commit (``store.commit``)
 
 A commit exists or not: creating its number is the only write that counts, and a process that finds the number taken
 has lost the study. There is no other lock. A name in a listing exists; a missing name proves nothing.
@@ -21,24 +15,21 @@ at the end. A reader calls ``follow`` instead, now and then. One thread commits;
 """
 
 import contextlib
-import gc
-import hashlib
-import json
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS
-from carft_ray.store.folder import RefusedError, Store, UnknownError, probe
-from carft_ray.store.owner import identity, is_gone, is_seen, is_this_process, named
-from carft_ray.untrusted import parse_json
+from carft_ray.store.commit import Commit, Pending, as_json, commit_name, decoded, digest_in, sealed, uncollected
+from carft_ray.store.folder import Folder, RefusedError, Store, UnknownError, probe
+from carft_ray.store.process import identity, is_gone, is_seen, is_this_process, named
 
 OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
 BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
@@ -49,20 +40,8 @@ LOOK_EVERY_S = 1.0  # while another owner may be dead
 UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
 RETRY_EVERY_S = 0.2
 PACKED, PACK_EVERY = 500, 50  # commits in a pack; after so many it is written again
-
-Commit = dict[str, Any]
-_LATEST = 2**38  # of times: later ones are no dates
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _NOBODY: tuple[str, dict[str, Any]] = "", {}  # in place of the word in an owner's commits, and its ``identity``
 _OWNERS: set[str] = set()  # words of the logs that this process holds; of the spoiled ones, it holds none
-
-
-@dataclass
-class Pending:
-    """What the next commit will hold, as JSON: nobody can change it any more."""
-
-    operations: list[str] = field(default_factory=list)
-    records: list[str] = field(default_factory=list)
 
 
 class Log(BaseJournalBackend):
@@ -130,7 +109,7 @@ class Log(BaseJournalBackend):
         except StorageError:  # another search may have begun, and removed what it took for remains
             if not self._read_on():
                 raise
-        record = _as_json({"kind": OWNER, **(me or identity())})[0]
+        record = as_json({"kind": OWNER, **(me or identity())})[0]
         since, has_grown, is_told = self._clock(), False, False
         while True:
             nonce, before = self._holder
@@ -253,7 +232,7 @@ class Log(BaseJournalBackend):
         """
         with self._spoiling():
             self._depth += 1
-            self._pending.records += [_as_json(each)[0] for each in records]
+            self._pending.records += [as_json(each)[0] for each in records]
             yield
             self._depth -= 1
             if not self._depth and self._pending != Pending():
@@ -312,7 +291,7 @@ class Log(BaseJournalBackend):
             ValueError: As above.
             StorageError: As ``commit``.
         """
-        taken = [_as_json(each) for each in logs]
+        taken = [as_json(each) for each in logs]
         with self.commit(), self._lock:
             self._pending.operations += [text for text, _ in taken]
             self._operations += [operation for _, operation in taken]
@@ -344,8 +323,8 @@ class Log(BaseJournalBackend):
             name, head = commit_name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
             lists = f'"records":[{",".join(pending.records)}],"operations":[{",".join(pending.operations)}]'
             head |= {"time": round(time.time(), 3), "owner": self._nonce}
-            data = _sealed(f"{_as_json(head)[0][:-1]},{lists}}}".encode())
-            commit = _decoded(data, self.number + 1, self.digest, f"{self.store}/{name}")  # none that cannot be read
+            data = sealed(f"{as_json(head)[0][:-1]},{lists}}}".encode())
+            commit = decoded(data, self.number + 1, self.digest, f"{self.store}/{name}")  # none that cannot be read
             self._create(name, data)
             self._take(commit, data)
             if self.number % PACKED == 0 or len(self._unpacked) % PACK_EVERY == 0:
@@ -414,11 +393,11 @@ class Log(BaseJournalBackend):
                 before = self.digest
                 for number, (head, body) in enumerate(zip(lines[:-1:2], lines[1::2], strict=False), self.number + 1):
                     data = b"%s\n%s\n" % (head, body)
-                    found.append((_decoded(data, number, before, f"{self.store}/{pack}"), data))
+                    found.append((decoded(data, number, before, f"{self.store}/{pack}"), data))
                     before = digest_in(data)
                 if found and self.store.get(commit_name(self.number + len(found))) == found[-1][1]:
                     return found
-        return [(_decoded(one, self.number + 1, self.digest, f"{self.store}/{name}"), one)]
+        return [(decoded(one, self.number + 1, self.digest, f"{self.store}/{name}"), one)]
 
     def _has_later(self) -> bool:
         """Tells whether a listing shows commits after one that was not there; then it must be there by now."""
@@ -445,64 +424,23 @@ class Log(BaseJournalBackend):
         self.store.took(commit_name(self.number), data)
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Keeps Python from looking for garbage within the block, which makes many objects and next to none."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def _is_free(holder: tuple[str, dict[str, Any]]) -> bool:
     """Tells whether a log can be claimed at once: nobody holds it, or a process that has ended or failed at it."""
     nonce, process = holder
     return not nonce or is_gone(process) or (is_this_process(process) and nonce not in _OWNERS)
 
 
-def _decoded(data: bytes, number: int, previous: str, place: str) -> Commit:
-    """Returns the commit that an object holds, or raises a ``StorageError`` when it is damaged or another one."""
-    body, step = data.partition(b"\n")[2][:-1], f"Restore {COMMITS}/ from a copy of the study."
-    try:
-        commit: Commit = parse_json(body)
-        found = commit["number"], commit["previous"]
-        lists = *commit["records"], *commit["operations"]
-        is_whole = isinstance(commit["owner"], str) and 0 <= commit["time"] < _LATEST
-        is_whole &= all(isinstance(each, dict) for each in lists)
-        is_whole &= data == _sealed(body)
-    except (ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise StorageError(Problem(place, "must be a whole commit", "a damaged one", next_step=step))
-    if found != (number, previous):
-        rule, value = (f"commit {n} after {before or 'none'}" for n, before in ((number, previous), found))
-        raise StorageError(Problem(place, f"must be {rule}", value, next_step=step))
-    return commit
-
-
-def _sealed(body: bytes) -> bytes:
-    return b"%s\n%s\n" % (hashlib.blake2b(body, digest_size=32).hexdigest().encode(), body)
-
-
-def digest_in(data: bytes) -> str:
-    """Returns the BLAKE2 that an object of the log names of itself."""
-    return data.partition(b"\n")[0].decode()
-
-
-def _as_json(value: Any) -> tuple[str, Any]:
-    """Returns a value as JSON, and what will be read from that."""
-    text = _ENCODER.encode(value)
-    return text, parse_json(text)
-
-
-def commit_name(number: int) -> str:
-    """Returns the name of a commit in the store."""
-    return f"{COMMITS}/{number:08d}"
-
-
 def pack_name(number: int) -> str:
     """Returns the name of the pack that a commit belongs to."""
     return f"{COMMITS}/pack-{(number - 1) // PACKED * PACKED + 1:08d}"
+
+
+def log_of(folder: Path) -> Log:
+    """Returns the log of a study, read to its end; one with nothing in it where there is none.
+
+    Raises:
+        StorageError: It is damaged, or cannot be read.
+    """
+    log = Log(Folder(folder))
+    log.follow()
+    return log

@@ -16,8 +16,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store.folder import Store
 from carft_ray.study.front import front_rule, stand
-from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, best_row
+from carft_ray.study.training import TrialRow
 
 OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is one of the best
 

@@ -16,7 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from optuna.storages import JournalStorage
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.study.mirror import Place, log_at
+from carft_ray.study.place import Place, log_at
 
 ADDRESS = "127.0.0.1"
 HOSTS = (ADDRESS, "localhost")

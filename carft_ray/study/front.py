@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from carft_ray.recipe.schema.constraints import total_violation
 from carft_ray.recipe.schema.recipe import SearchConfig
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.training import TrialRow
 from carft_ray.words import counted
 
 TIE = 1e-12  # accuracies that differ by no more are of the same counts of images

@@ -4,16 +4,16 @@ Whoever has claimed the log holds the folder (``store.log``).
 """
 
 import contextlib
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from carft_ray import files, untrusted
-from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.layout import COMMITS, MANIFEST, PREPARED, STOP
-from carft_ray.store.folder import PROBE, Folder
-from carft_ray.store.log import Log, commit_name
+from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.layout import COMMITS, MANIFEST, STOP
+from carft_ray.store.commit import commit_name
+from carft_ray.store.folder import PROBE
+from carft_ray.store.log import Log
 
 LOOK_EVERY_S = 5.0  # whether a sign of life is due
 STOPPING = "stopping"  # kind of a record: the search stops, for its ``reason``; an empty one takes that back
@@ -72,17 +72,6 @@ def stopping(log: Log, since: int = 0) -> str:
 def is_study(folder: Path) -> bool:
     """Returns whether a folder holds a study."""
     return (folder / MANIFEST).is_file() and (folder / COMMITS).is_dir()
-
-
-def log_of(folder: Path) -> Log:
-    """Returns the log of a study, read to its end; one with nothing in it where there is none.
-
-    Raises:
-        StorageError: It is damaged, or cannot be read.
-    """
-    log = Log(Folder(folder))
-    log.follow()
-    return log
 
 
 def require_apart(place: str, above: str | None) -> None:
@@ -171,26 +160,3 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(StorageError):  # a log that is not released is that of a process that is gone
             log.release()
-
-
-@contextlib.contextmanager
-def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
-    """Deletes a study created by this call if setup fails before any training: a corrected recipe may use its name.
-
-    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command. What
-    another search has taken over stays, too.
-
-    Args:
-        folder: A claimed folder.
-        log: By which it is held.
-        is_new: Whether this call has made all that is in it; another one stays.
-        began: Tells whether a training has begun in it; then it stays.
-    """
-    try:
-        yield
-    except (RecipeError, DataError, HoldOutError, ClusterError) as error:
-        stays = isinstance(error, ClusterError) and files.exists(folder / PREPARED)
-        if is_new and not stays and not log.is_lost and not began():
-            log.abandon()
-            shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -7,9 +7,9 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from carft_ray.store.log import log_of
 from carft_ray.study import rows
 from carft_ray.study.attributes import MEASURED
-from carft_ray.study.holding import log_of
 
 MIN_TRIALS = 20  # complete trials from which on importances are given
 METRICS = ("id_accuracy", "ood_accuracy")

@@ -13,6 +13,8 @@ A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other 
 (``front.spread_points``), as trials of their own that are no trainings (``attributes.TRAINING_OF``).
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +32,11 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
 from carft_ray.study import front, warm_start
-from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
-from carft_ray.study.proposals import space
+from carft_ray.study.proposals import samplers
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of
+from carft_ray.study.training import Kind, TrialRow, TrialSpec
 
 ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
 
@@ -84,8 +86,8 @@ class Journal:
         """Begins a new trial, with values of the sampler or of the recipe."""
         study = self.studies["trial"]
         with self._log.commit():
-            trial = space.ask(study, self._recipe)
-            trial.set_user_attr(attr.NAME, trial_name(trial.number, space.draw(study, trial, self._recipe)))
+            trial = samplers.ask(study, self._recipe)
+            trial.set_user_attr(attr.NAME, trial_name(trial.number, samplers.draw(study, trial, self._recipe)))
             return self._spec("trial", self._storage.get_trial(trial_id(trial)))
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
@@ -253,3 +255,9 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
     if all(point["alpha"] != result["alpha"] for point in curve):
         curve.append({"alpha": result["alpha"], **result["metrics"]})
     return {**found, attr.OBJECTIVE: result["objective"], attr.POINTS: curve}
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """Returns the name of a trial's folder: number and hash of the values."""
+    text = json.dumps(values, sort_keys=True)
+    return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"

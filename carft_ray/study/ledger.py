@@ -25,11 +25,11 @@ from carft_ray.layout import COMMITS, MANIFEST
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import grid
-from carft_ray.store.log import Log
-from carft_ray.study.holding import check_fit, held, is_study, log_of
-from carft_ray.study.identity import compare, read_manifest
-from carft_ray.study.outcome import TrialRow
+from carft_ray.store.log import Log, log_of
+from carft_ray.study.holding import check_fit, held, is_study
+from carft_ray.study.recipe_identity import compare, read_manifest
 from carft_ray.study.rows import all_rows, readable
+from carft_ray.study.training import TrialRow
 from carft_ray.study.uploads import open_log, uploading
 
 LEDGER = "ledger"  # kind of its records, and key of the manifest

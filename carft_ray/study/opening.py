@@ -1,19 +1,21 @@
 """Opening a study for one search: claims its log, checks its recipe, moves to another recipe and search space."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from optuna.storages import JournalStorage
 
 from carft_ray import files
-from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, STOP
+from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError
+from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, PREPARED, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
+from carft_ray.store.log import Log
 from carft_ray.study import rows
-from carft_ray.study.holding import check_fit, foreign_names, gone_if_nothing_began, held, take_back_stop
-from carft_ray.study.identity import claim, class_of, compare, recipe_record
+from carft_ray.study.holding import check_fit, foreign_names, held, take_back_stop
+from carft_ray.study.recipe_identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
@@ -85,3 +87,26 @@ def _require_known(study_dir: Path, storage: JournalStorage) -> None:
         step = "Restore it from a copy. If there is none, move those folders away; the search then starts without them."
         rule = "must be the log of the trainings in this study"
         raise StorageError(Problem(str(study_dir / COMMITS), rule, value, next_step=step))
+
+
+@contextlib.contextmanager
+def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
+    """Deletes a study created by this call if setup fails before any training: a corrected recipe may use its name.
+
+    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command. What
+    another search has taken over stays, too.
+
+    Args:
+        folder: A claimed folder.
+        log: By which it is held.
+        is_new: Whether this call has made all that is in it; another one stays.
+        began: Tells whether a training has begun in it; then it stays.
+    """
+    try:
+        yield
+    except (RecipeError, DataError, HoldOutError, ClusterError) as error:
+        stays = isinstance(error, ClusterError) and files.exists(folder / PREPARED)
+        if is_new and not stays and not log.is_lost and not began():
+            log.abandon()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

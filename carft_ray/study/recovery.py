@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.recipe.schema.recipe import ResourcesConfig
-from carft_ray.store.result import read_result
+from carft_ray.store.record import read_result
 from carft_ray.study.attributes import SET_ASIDE, SPENT, STUCK
-from carft_ray.study.outcome import Kind, TrialRow
 from carft_ray.study.rows import row_of, trainings
 from carft_ray.study.running import left_behind
 from carft_ray.study.study import Study
+from carft_ray.study.training import Kind, TrialRow
 
 
 def recover_running(study: Study) -> list[TrialRow]:

@@ -11,12 +11,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import COMMITS
-from carft_ray.store.log import Log, uncollected
+from carft_ray.store.commit import uncollected
+from carft_ray.store.log import Log, log_of
 from carft_ray.study import attributes as attr
 from carft_ray.study import front, typed
-from carft_ray.study.holding import is_study, log_of
-from carft_ray.study.identity import resume_command
-from carft_ray.study.outcome import Kind, TrialRow
+from carft_ray.study.holding import is_study
+from carft_ray.study.recipe_identity import resume_command
+from carft_ray.study.training import Kind, TrialRow
 from carft_ray.untrusted import require_plain
 
 Found = TypeVar("Found")

@@ -9,7 +9,7 @@ from typing import Any
 
 from carft_ray.store.log import Log
 from carft_ray.study import typed
-from carft_ray.study.outcome import TrialRow, TrialSpec
+from carft_ray.study.training import TrialRow, TrialSpec
 
 STARTED, AT_A_TIME = "started", "at_a_time"  # kinds of records
 

@@ -30,16 +30,17 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.layout import COMMITS, LOG, METRICS, RESULT
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store import record
 from carft_ray.store.log import Log
-from carft_ray.store.result import read_result, reported_rows
+from carft_ray.store.record import append_log, progress_of, read_result, reported_rows
 from carft_ray.study import attributes as attr
-from carft_ray.study import outcome, rows, typed
+from carft_ray.study import rows, training, typed
 from carft_ray.study.best import Retention
 from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
-from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of
-from carft_ray.study.proposals import pruning, space
+from carft_ray.study.proposals import pruning, samplers
 from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
+from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
 LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
@@ -188,7 +189,7 @@ class Study:
         folder = spec.folder(self.study_dir)
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
-            outcome.log_failure(folder, failure)
+            training.log_failure(folder, failure)
         reported, known = reported_rows(folder), files.read_json_lines(folder, METRICS)
         for row in reported if any(row not in known for row in reported) else ():  # some may not have come
             self.add_row(spec, row)
@@ -208,7 +209,7 @@ class Study:
             return self._pruned(spec, failure.outcome, failure.reason, more)
         self.journal.note(spec, more)
         if failure is not None and failure.outcome == "fatal":
-            raise outcome.failure_error(failure, f"{spec.kind} {spec.name}", folder)
+            raise training.failure_error(failure, f"{spec.kind} {spec.name}", folder)
         if failure is not None and failure.outcome in ("memory", "error"):  # of ``memory`` the micro-batch is at fault
             self.repeat(spec)
         return None
@@ -257,7 +258,7 @@ class Study:
             Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
         folder = spec.folder(self.study_dir)
-        outcome.log_lost(folder, spec.attempt, reason, details)
+        record.log_lost(folder, spec.attempt, reason, details)
         found = self._stuck(spec, folder)
         if found["number"] < LOST_ATTEMPTS:
             self.repeat(spec)
@@ -270,7 +271,7 @@ class Study:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
         folder = spec.folder(self.study_dir)
         self.log.check()
-        where = f"resume continues from {outcome.progress_words(folder, self.log.store.known(spec.training))}"
+        where = f"resume continues from {record.progress_words(folder, self.log.store.known(spec.training))}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {self.stop.reason}; {where}")
 
     def set_aside(self) -> list[TrialRow]:
@@ -347,7 +348,7 @@ class Study:
     def _wants_more(self) -> bool:
         study = self.journal.studies["trial"]
         more = self.asks and len(trainings(study)) < self.recipe.search.trials
-        return more and not space.used_up(study, self.recipe)
+        return more and not samplers.used_up(study, self.recipe)
 
     def enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""

@@ -23,7 +23,7 @@ from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import MANIFEST
 from carft_ray.recipe.loading import paths_by_key
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.mirror import DRIVEN, STUDIES, address_in
+from carft_ray.study.place import DRIVEN, STUDIES, address_in
 
 WRITTEN = "written"  # in the cache
 OPTION = "--trust-paths"

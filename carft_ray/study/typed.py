@@ -74,7 +74,7 @@ class Kept(_Strict):
 
 
 class Result(_Strict):
-    """``result.json`` of an attempt (``store.result``)."""
+    """``result.json`` of an attempt (``store.record``)."""
 
     alpha: Share | None = None
     metrics: Metrics
@@ -110,7 +110,7 @@ class Fits(_Strict):
 
 
 class Manifest(_Strict):
-    """``manifest.json`` (``study.identity``)."""
+    """``manifest.json`` (``study.recipe_identity``)."""
 
     format_version: Count
     id: Words

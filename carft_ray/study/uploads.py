@@ -26,10 +26,12 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Bucket, Tag
+from carft_ray.store.commit import commit_name
+from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
-from carft_ray.store.log import Log, commit_name, pack_name
-from carft_ray.store.result import checkpoint_of
-from carft_ray.study.mirror import DRIVEN, IMAGES, Copy, address_in, files_in, is_needed, seen, stop_request
+from carft_ray.store.log import Log, pack_name
+from carft_ray.store.record import checkpoint_of
+from carft_ray.study.place import DRIVEN, address_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
 MEANWHILE_EVERY_S = 0.1

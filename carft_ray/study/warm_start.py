@@ -19,14 +19,15 @@ from carft_ray.layout import COMMITS
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
-from carft_ray.store.log import Log
+from carft_ray.store.copy import STATE
+from carft_ray.store.log import Log, log_of
 from carft_ray.study import rows
 from carft_ray.study.attributes import ALPHA, OUTCOME, WARM_FROM
-from carft_ray.study.holding import is_study, log_of
-from carft_ray.study.identity import read_manifest, study_recipe
+from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
-from carft_ray.study.mirror import STATE, STUDIES, absolute, address_in, fetched, named
+from carft_ray.study.place import STUDIES, absolute, address_in, fetched, named
 from carft_ray.study.provenance import provenance_of
+from carft_ray.study.recipe_identity import read_manifest, study_recipe
 from carft_ray.study.rows import state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times

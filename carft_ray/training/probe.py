@@ -18,7 +18,7 @@ from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.result import write_result
+from carft_ray.store.record import write_result
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun

@@ -20,7 +20,7 @@ from carft_ray.words import counted_trainings, value_text
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started
     from carft_ray.results.reading.study_view import Overview
-    from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+    from carft_ray.study.training import Kind, TrialRow, TrialSpec
 
 NUM_BEST = 5  # rows of the best trials in the live table
 NUM_LATEST = 3  # and of those that ended last, where they fit

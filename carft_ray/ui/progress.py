@@ -19,7 +19,7 @@ from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event
-    from carft_ray.study.outcome import Kind, TrialRow
+    from carft_ray.study.training import Kind, TrialRow
 
 Row = dict[str, float]
 REFRESH_PER_S = 2

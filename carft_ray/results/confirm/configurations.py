@@ -23,10 +23,10 @@ from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study import typed
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow, require_name
+from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.study.study import Study
+from carft_ray.study.training import TrialRow, require_name
 from carft_ray.study.warm_start import source_id
 from carft_ray.words import counted, times
 

@@ -19,8 +19,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage
 from carft_ray.results.statistics.intervals import values_by_seed
 from carft_ray.results.statistics.paired import compare, comparison_lines
-from carft_ray.study.outcome import TrialRow, file_of
 from carft_ray.study.rows import confirmations
+from carft_ray.study.training import TrialRow, file_of
 
 LABEL = "validation images, fresh seeds"
 

@@ -29,13 +29,13 @@ from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
-from carft_ray.study.holding import log_of
+from carft_ray.store.log import log_of
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.place import named
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import best_first
+from carft_ray.study.training import TrialRow
 
 NUM_CURVES = 12  # best trials whose alpha curves are drawn
 NUM_CLASSES = 5  # that a table of changed answers names

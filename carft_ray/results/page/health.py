@@ -9,7 +9,7 @@ from typing import Any
 from carft_ray.recipe.checks.rules import train_findings
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.study.mirror import named
+from carft_ray.study.place import named
 from carft_ray.words import counted
 
 NEAR_END = 0.03  # of the width of a parameter: the best trial is on its bound

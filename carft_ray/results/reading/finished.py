@@ -15,11 +15,11 @@ from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.study_view import find_row, require_study
-from carft_ray.study import identity, typed
-from carft_ray.study.mirror import Place
-from carft_ray.study.outcome import Kind, TrialRow, file_of, result_of
+from carft_ray.study import recipe_identity, typed
+from carft_ray.study.place import Place
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, require_finished
+from carft_ray.study.training import Kind, TrialRow, file_of, result_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
     """
     folder = require_study(place, "must be a study or the folder of a training")
     log, rows = log_and_rows(folder)
-    base, provenance = identity.study_recipe(folder, log), provenance_of(log)
+    base, provenance = recipe_identity.study_recipe(folder, log), provenance_of(log)
     name, row = _find(folder, rows, trial, argument)
     if name == ZERO_SHOT:
         metrics = typed.checked(typed.Prepared, files.read_json(folder, f"{PREPARED}/{PREPARATION}"), PREPARATION)[
@@ -96,7 +96,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":
-        value, step = "an unfinished or failed one", f"Continue it: {identity.resume_command(folder)}"
+        value, step = "an unfinished or failed one", f"Continue it: {recipe_identity.resume_command(folder)}"
         raise NoSuccessfulTrialError(Problem(f"{folder}:{name}", "must be a finished training", value, next_step=step))
     found = result_of(folder, row)
     try:

@@ -8,10 +8,11 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
-from carft_ray.study.holding import log_of
-from carft_ray.study.mirror import STATE, Place, bring, fetched
-from carft_ray.study.outcome import TrialRow
+from carft_ray.store.copy import STATE
+from carft_ray.store.log import log_of
+from carft_ray.study.place import Place, bring, fetched
 from carft_ray.study.rows import all_rows, readable
+from carft_ray.study.training import TrialRow
 from carft_ray.untrusted import MOST_TEXT_BYTES
 
 READ_EVERY_S = 0.5

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import CarftError
-from carft_ray.launch.stop import BUDGET_STOP
+from carft_ray.launch.budget import BUDGET_STOP
 from carft_ray.recipe.schema.sampling import AnyPruner
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in
-from carft_ray.store.log import Log
+from carft_ray.store.log import Log, log_of
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.holding import log_of, stopping
-from carft_ray.study.identity import read_manifest
+from carft_ray.study.holding import stopping
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.place import named
 from carft_ray.study.proposals.pruning import deciding_value
+from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.rows import ZERO_SHOT, best_first
+from carft_ray.study.training import TrialRow
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.words import counted
 

@@ -11,13 +11,14 @@ from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.layout import COMMITS, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.copy import IMAGES
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping
-from carft_ray.study.identity import resume_command, study_recipe
-from carft_ray.study.mirror import IMAGES, Place, bring, fetched, named
-from carft_ray.study.outcome import TrialRow, result_of
+from carft_ray.study.place import Place, bring, fetched, named
+from carft_ray.study.recipe_identity import resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.study.running import at_a_time, running_since
+from carft_ray.study.training import TrialRow, result_of
 from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
@@ -131,7 +132,7 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
 
     Args:
         place: Its folder, or its address.
-        need: As of ``study.mirror.fetched``.
+        need: As of ``study.place.fetched``.
 
     Raises:
         UsageError: There is none.

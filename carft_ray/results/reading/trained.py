@@ -25,9 +25,10 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
-from carft_ray.study.identity import recipe_for_use
-from carft_ray.study.mirror import MODELS, Place, fetched, named
-from carft_ray.study.outcome import TrialRow, file_of, result_of
+from carft_ray.store.copy import MODELS
+from carft_ray.study.place import Place, fetched, named
+from carft_ray.study.recipe_identity import recipe_for_use
+from carft_ray.study.training import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.run_context import RunContext

@@ -18,7 +18,7 @@ from carft_ray.results.statistics.intervals import (
     values_by_seed,
     worst_domain_notes,
 )
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.training import TrialRow
 
 
 def headline(difference: Interval, baseline: str, is_measured_again: bool = True) -> str:

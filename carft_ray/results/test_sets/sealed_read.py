@@ -40,10 +40,10 @@ from carft_ray.results.test_sets.summary import changed_lines, compared_rows, re
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
-from carft_ray.study.identity import recipe_for_use, study_recipe
-from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.place import named
+from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
+from carft_ray.study.training import TrialRow
 from carft_ray.study.uploads import open_log, uploading
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors

@@ -26,7 +26,7 @@ from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
-from carft_ray.study.mirror import named
+from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, confirmations, require_finished, trials
 from carft_ray.words import counted, times
 

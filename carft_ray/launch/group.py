@@ -20,13 +20,15 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray import tune
 
+from carft_ray.launch import ray_errors
+from carft_ray.launch.cluster import ENVIRONMENT
 from carft_ray.launch.mailbox import Box
-from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
-from carft_ray.launch.ray_cluster.ray_private import lean
+from carft_ray.launch.ray_private import lean
 from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.worker import run_worker
-from carft_ray.study.outcome import Failure, TrialSpec
+from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
@@ -208,3 +210,44 @@ def _next(box: Box, group: str, said: Said) -> Work | None:
             return None
         else:
             time.sleep(ASK_EVERY_S)
+
+
+class NestedTrial(tune.Trainable):
+    """A process that starts a Ray Train group and gives it one training after the other."""
+
+    def setup(self, config: dict[str, Any], runtime: Runtime) -> None:  # type: ignore[override]  # by with_parameters
+        """Keeps what all trainings share."""
+        self._runtime, self._group = runtime, WorkerGroup(runtime)
+
+    def step(self) -> dict[str, Any]:
+        """Runs one attempt."""
+        capacity = replace(self._runtime.capacity, one_node=self.config["one_node"])
+        here, spec = replace(self._runtime, capacity=capacity), TrialSpec(**self.config["spec"])
+        lost: dict[str, Any] | None = None
+        while lost is None:  # a second time where the group had ended before
+            if not self._group.fits(here, self.config["avoid"]):
+                self._group.close()
+                self._group = WorkerGroup(here, self.config["avoid"])
+            lost = _run(self._group, spec)
+        return {**lost, "done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Says that the next training may run in this process."""
+        return True
+
+    def cleanup(self) -> None:
+        """Ends the group."""
+        self._group.close()
+
+
+def _run(group: WorkerGroup, spec: TrialSpec) -> dict[str, Any] | None:
+    """Runs an attempt; returns what Tune is told of its end, or None where the group had ended before."""
+    try:
+        return {"lost": ""} if group.run(spec) else None
+    except Exception as error:
+        failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+        dead = {rank: each for rank, each in failures.items() if ray_errors.is_death(each)}
+        if not dead:
+            return {"lost": ray_errors.explained(error)}
+        rank = min(dead)
+        return {"lost": ray_errors.root_cause(dead[rank]), "dead_rank": rank}

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import __version__
 from carft_ray.errors import Problem
-from carft_ray.launch.failures.causes import root_cause
-from carft_ray.launch.ray_cluster.cluster import nodes_alive
+from carft_ray.launch.cluster import nodes_alive
+from carft_ray.launch.ray_errors import root_cause
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.doctor import Diagnosis, Finding, Level
 from carft_ray.words import counted

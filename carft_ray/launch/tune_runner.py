@@ -1,137 +1,33 @@
-"""Trainings of an open study: what a search and a confirm share. Ray Tune runs them, or this process (``debug``).
+"""Ray Tune as the pool of processes: it asks the ``Driver`` what comes next, and reports to it what has ended.
 
-Both ask the ``Driver`` what comes next and report to it what has ended. Tune gets no metric: a report without it would
-end the whole run. It saves nothing of this; the study on disk is the truth.
+A Tune trial runs a training itself, or has a Ray Train group run it (``launch.group``); the loop is the same. Tune gets
+no metric: a report without it would end the whole run. It saves nothing of this; the study on disk is the truth.
+
+A training is stopped by an order that rank 0 reads from the mailbox; so nothing is ever stopped from outside, where Ray
+leaks placement groups. A training writes its results into its folder before it ends; Ray carries none.
 """
 
 import dataclasses
-import functools
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
-from carft_ray import files
-from carft_ray.data.readers import forget_listings
-from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
+from carft_ray.errors import CarftError, ClusterError, Problem
+from carft_ray.launch.cluster import HEAD_ONLY
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import ConcurrencyChanged, Event
-from carft_ray.launch.failures.causes import error_of, explained, full_text, root_cause
-from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.mailbox import Exchange
-from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
-from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_cluster.growth import present_capacity
-from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.ray_workers import tune_trainable
+from carft_ray.launch.group import NestedTrial, anywhere_but
+from carft_ray.launch.ray_errors import error_of, explained, root_cause
+from carft_ray.launch.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runtime
-from carft_ray.launch.stop import stop_on_signal
-from carft_ray.launch.worker import end_process, run_worker
-from carft_ray.layout import STOP
-from carft_ray.study.holding import take_back_stop
-from carft_ray.study.mirror import ALL
-from carft_ray.study.outcome import TrialSpec
-from carft_ray.study.study import Study
+from carft_ray.launch.worker import run_worker
+from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 
-STOPPED = "stopped on request"
 
-
-def run_trainings(
-    study: Study,
-    runtime: Runtime,
-    on_event: Callable[[Event], None],
-    began: float | None = None,
-) -> str:
-    """Runs what a recovered study proposes, until nothing is left or a stop is asked for.
-
-    Args:
-        study: The study; what was prepared lies in its folder.
-        runtime: How and where trainings run.
-        on_event: Given what happens, in the calling thread.
-        began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
-
-    Returns:
-        What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
-
-    Raises:
-        CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
-    """
-    forget_listings()
-    for spec in study.waiting if not runtime.bucket else ():  # nodes that use the bucket get what they go on from
-        study.log.store.bring(spec.training, ALL)
-    capacity = runtime.capacity
-    drains = None if runtime.in_process else Drains()
-    driver = Driver(
-        study,
-        AtATime(
-            capacity.concurrency,
-            capacity.asked,
-            capacity.reason,
-            capacity.one_node,
-            functools.partial(_capacity_now, runtime, drains) if runtime.attached else None,
-            lambda concurrency, reason: on_event(ConcurrencyChanged(concurrency, reason)),
-        ),
-        on_event,
-        capacity.num_workers * capacity.gpus_per_worker,
-        None if began is None else study.recipe.budget,
-        time.monotonic() if began is None else began,
-        hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
-        end_process=end_process,
-        leaks=Leaks() if runtime.nested else None,
-        bad_nodes=BadNodes(fits=lambda without: _capacity_now(runtime, drains, without).concurrency > 0),
-        drains=drains,
-        exchange=Exchange(runtime.mailbox),
-    )
-    with stop_on_signal(study.stop.ask), driver.exchange.going_on():
-        if runtime.in_process:
-            _run_here(driver, runtime)
-        else:
-            _run_with_tune(driver, runtime)
-    if driver.failure is not None:
-        raise driver.failure
-    if study.done() and not driver.has_stopped:  # what asked to stop came too late
-        files.remove(study.study_dir / STOP)
-        take_back_stop(study.log)
-        return ""
-    return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
-
-
-def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str] = ()) -> Capacity:
-    """Returns how trainings fit now on the nodes that stay, without some of them."""
-    gone = {*without, *(drains.nodes() if drains else ())}
-    return present_capacity(runtime.recipe, runtime.may_grow, gone)
-
-
-def _run_here(driver: Driver, runtime: Runtime) -> None:
-    """Runs one training after the other in this process."""
-    key = "training"
-    while (spec := driver.propose(key)) is not None:
-        driver.started(key)
-        context = RunContext(should_stop=functools.partial(_poll, driver, spec))
-        gone = ""
-        try:
-            run_worker(runtime, spec, context)
-        except (MemoryError, RuntimeError) as error:  # with Ray it would end the process
-            gone = explained(full_text(error))
-        driver.ended(key, gone)
-
-
-def _poll(driver: Driver, spec: TrialSpec) -> bool:
-    """Polls within a training of this process; tells whether it is to end, without the way through the mailbox."""
-    try:
-        driver.poll()
-    except StorageError:  # the driver keeps it: another search has the study
-        return True
-    return driver.check_stop() or driver.exchange.ordered(spec.training) != "go"
-
-
-def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
+def run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
     searcher, ray_files = DriverSearcher(driver), tempfile.mkdtemp(prefix="carft-tune-")
     try:
@@ -254,3 +150,28 @@ class EndOfWaiting(tune.Stopper):
 def _tune_name(tune_trial: Any) -> str:
     spec = tune_trial.config["spec"]
     return f"{spec['name']}-{spec['attempt']}"
+
+
+def tune_trainable(runtime: Runtime) -> Any:
+    """Returns the Tune trainable, with its resources.
+
+    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``; ``avoid``, Ray's names of nodes that are left out; and
+    ``one_node``, as of ``Capacity``, for a group of workers.
+    It reports once, at the end: ``lost`` says why its workers are gone, ``dead_rank`` which of them has died. Without a
+    report Tune prints a line.
+    """
+    if runtime.nested:
+        return tune.with_resources(tune.with_parameters(NestedTrial, runtime=runtime), HEAD_ONLY)
+
+    def inline_trial(config: dict[str, Any]) -> dict[str, str]:
+        spec = TrialSpec(**config["spec"])
+        ended = run_worker(runtime, spec, RunContext())
+        if isinstance(ended, Failure) and ended.outcome == "memory":  # Ray ends the process, and all that it held
+            raise RuntimeError(f"{spec.name}: {ended.reason}")
+        return {"lost": ""}
+
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        where: dict[str, Any] = {"bundle_label_selector": [anywhere_but(config["avoid"])]} if config["avoid"] else {}
+        return tune.PlacementGroupFactory([runtime.capacity.worker_resources], **where)
+
+    return tune.with_resources(inline_trial, resources)

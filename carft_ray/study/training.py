@@ -1,12 +1,6 @@
-"""What a training left in its folder, and the rows of a study's tables.
+"""A training of a study: an attempt, the row of the tables, a failure, a cut, and files checked by their hash."""
 
-``result.json`` of an attempt means finished; it appears whole or not at all. A worker writes it, the study reads it.
-"""
-
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -15,19 +9,9 @@ from typing import Any, Literal
 
 from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
-from carft_ray.layout import (
-    ATTEMPT,
-    COMMITS,
-    FOLDERS,
-    LOG,
-    METRICS,
-    OWN,
-    RESULT,
-    STEP,
-    WEIGHTS,
-)
+from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, LOG, RESULT
 from carft_ray.recipe.schema.constraints import total_violation
-from carft_ray.store.result import read_result, sha256
+from carft_ray.store.record import append_log, read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome
 
@@ -177,12 +161,6 @@ def require_name(name: Any, place: str = f"{COMMITS}/") -> None:
         raise StorageError(Problem(place, rule, untrusted.visible(repr(name)), next_step=step))
 
 
-def trial_name(number: int, values: Mapping[str, Any]) -> str:
-    """Returns the name of a trial's folder: number and hash of the values."""
-    text = json.dumps(values, sort_keys=True)
-    return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
-
-
 def result_of(study_dir: Path, row: TrialRow) -> dict[str, Any]:
     """Returns the result of a complete training, as the study has it; empty of another one, or the zero-shot model.
 
@@ -242,73 +220,9 @@ def log_failure(folder: Path, failure: Failure) -> None:
     append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{failure.details.rstrip()}")
 
 
-def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None:
-    """Appends why an attempt was lost to the log of its training: the first cause, and what followed from it.
-
-    Raises:
-        StorageError: The log cannot be written.
-    """
-    append_log(folder, "\n".join([f"attempt {attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
-
-
-def progress_of(folder: Path, known: Iterable[str] = ()) -> list[int]:
-    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint.
-
-    Of a fine-tuning of the user's own, which keeps what only it knows, the step that it has reported last counts.
-
-    Args:
-        folder: Of the training.
-        known: Its files that may be only in the bucket of the study (``Store.known``).
-    """
-    there = {path.name for path in folder.glob(f"{ATTEMPT}*/*")} | {"/".join(name.split("/")[3:4]) for name in known}
-    steps = [int(name.removeprefix(STEP)) for name in there if re.fullmatch(rf"{STEP}\d+", name)]
-    if OWN in there:
-        steps += [int(row.get("step", 0)) for row in files.read_json_lines(folder, METRICS)]
-    return [int(WEIGHTS in there), max(steps, default=0)]
-
-
-def progress_words(folder: Path, known: Iterable[str] = ()) -> str:
-    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch.
-
-    Args:
-        folder: Of the training.
-        known: As of ``progress_of``.
-    """
-    is_trained, step = progress_of(folder, known)
-    if is_trained:
-        return "the end of its training"
-    if not step:
-        return "its beginning"
-    epochs = [int(row.get("epoch", 0)) for row in files.read_json_lines(folder, METRICS) if row.get("step", 0) <= step]
-    return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
-
-
-def log_left(folder: Path, attempt: int, reason: str, known: Iterable[str] = ()) -> None:
-    """Appends to the log of a training that an attempt has left as it was asked to, and from where the next continues.
-
-    Args:
-        folder: Of the training.
-        attempt: Its number.
-        reason: Why it was asked to leave.
-        known: As of ``progress_of``.
-
-    Raises:
-        StorageError: The log cannot be written.
-    """
-    where = f"the next attempt continues from {progress_words(folder, known)}"
-    append_log(folder, f"attempt {attempt}: left: {reason}; {where}")
-
-
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
     """Returns the error that a worker met, with its exit code, for the one who waits in the driver."""
     kind = DivergedError if failure.outcome == "diverged" else CarftError
     error = kind(Problem(place, failure.reason, next_step=f"Details are in {folder / LOG}."))
     error.exit_code = failure.exit_code
     return error
-
-
-def append_log(folder: Path, text: str) -> None:
-    """Appends text with the time to the log of a training."""
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")

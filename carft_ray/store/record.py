@@ -1,16 +1,21 @@
-"""``result.json`` of an attempt: written last, with size and hash of each file that belongs to it."""
+"""What attempts at a training leave in its folder: results, rows, checkpoints, and the log of the training.
+
+``result.json`` of an attempt means that it has finished. It is written last, whole, with size and hash of each file
+that belongs to it. A worker writes it, the study reads it.
+"""
 
 import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files, untrusted
 from carft_ray.errors import StorageError
-from carft_ray.layout import ATTEMPT, OF_RESULT, RESULT, ROWS, STEP
+from carft_ray.layout import ATTEMPT, LOG, METRICS, OF_RESULT, OWN, RESULT, ROWS, STEP, WEIGHTS
 
 FORMAT_VERSION = 1
 _CHECKPOINT = re.compile(rf"(.+)/{ATTEMPT}(\d+)/{STEP}(\d+)(/|$)")
@@ -93,3 +98,67 @@ def sha256(path: Path) -> str:
     """
     with files.writing(path), untrusted.open_regular(path, StorageError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a buffered file
+
+
+def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None:
+    """Appends why an attempt was lost to the log of its training: the first cause, and what followed from it.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    append_log(folder, "\n".join([f"attempt {attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
+
+
+def progress_of(folder: Path, known: Iterable[str] = ()) -> list[int]:
+    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint.
+
+    Of a fine-tuning of the user's own, which keeps what only it knows, the step that it has reported last counts.
+
+    Args:
+        folder: Of the training.
+        known: Its files that may be only in the bucket of the study (``Store.known``).
+    """
+    there = {path.name for path in folder.glob(f"{ATTEMPT}*/*")} | {"/".join(name.split("/")[3:4]) for name in known}
+    steps = [int(name.removeprefix(STEP)) for name in there if re.fullmatch(rf"{STEP}\d+", name)]
+    if OWN in there:
+        steps += [int(row.get("step", 0)) for row in files.read_json_lines(folder, METRICS)]
+    return [int(WEIGHTS in there), max(steps, default=0)]
+
+
+def progress_words(folder: Path, known: Iterable[str] = ()) -> str:
+    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch.
+
+    Args:
+        folder: Of the training.
+        known: As of ``progress_of``.
+    """
+    is_trained, step = progress_of(folder, known)
+    if is_trained:
+        return "the end of its training"
+    if not step:
+        return "its beginning"
+    epochs = [int(row.get("epoch", 0)) for row in files.read_json_lines(folder, METRICS) if row.get("step", 0) <= step]
+    return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
+
+
+def log_left(folder: Path, attempt: int, reason: str, known: Iterable[str] = ()) -> None:
+    """Appends to the log of a training that an attempt has left as it was asked to, and from where the next continues.
+
+    Args:
+        folder: Of the training.
+        attempt: Its number.
+        reason: Why it was asked to leave.
+        known: As of ``progress_of``.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    where = f"the next attempt continues from {progress_words(folder, known)}"
+    append_log(folder, f"attempt {attempt}: left: {reason}; {where}")
+
+
+def append_log(folder: Path, text: str) -> None:
+    """Appends text with the time to the log of a training."""
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")

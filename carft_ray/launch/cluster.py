@@ -20,8 +20,8 @@ import ray
 
 from carft_ray import environment
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.ray_cluster import ray_private
-from carft_ray.launch.ray_cluster.concurrency import Node, held_by_others, node_of
+from carft_ray.launch import ray_private
+from carft_ray.launch.capacity import Node, held_by_others, node_of
 from carft_ray.study.holding import Stop
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
@@ -41,7 +41,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would restart the group inside of an attempt; see drains.py
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would restart the group inside of an attempt; see nodes.py
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never calls the searcher
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",

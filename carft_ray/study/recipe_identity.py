@@ -9,7 +9,7 @@ and the newest one holds. A log without a recipe is continued only if it holds n
 shows the recipe to people.
 
 ``manifest.json`` holds ``format_version``, ``id`` (a copy has the same), ``created``, in a copy ``copied_from``
-(``study.mirror``), and ``ledger`` (``study.ledger``).
+(``study.place``), and ``ledger`` (``study.ledger``).
 """
 
 import contextlib
@@ -36,10 +36,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.store.folder import Folder, RefusedError
-from carft_ray.store.log import Log
+from carft_ray.store.log import Log, log_of
 from carft_ray.study import provenance, trust, typed
-from carft_ray.study.holding import log_of
-from carft_ray.study.mirror import named
+from carft_ray.study.place import named
 
 FORMAT_VERSION = 2
 RECIPE = "recipe"  # kind of a record: the recipe of the study from then on

@@ -24,10 +24,10 @@ from carft_ray import files as disk
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.data.readers import excluded_ids
 from carft_ray.errors import ClusterError, Problem, StorageError, UsageError
-from carft_ray.launch.jobs import package
+from carft_ray.launch import job_package
 from carft_ray.recipe.loading import dump_given, named_paths, with_paths
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.mirror import Place, absolute, in_bucket
+from carft_ray.study.place import Place, absolute, in_bucket
 
 RECIPE = "recipe.yaml"
 _CACHE = '"${XDG_CACHE_HOME:-$HOME/.cache}"/carft-ray/recipes/'  # of the head, for a shell
@@ -57,7 +57,7 @@ class Upload:
             installed: Whether it runs the carft-ray of the cluster, whatever its version.
         """
         source = "" if installed else f" {environment.code()['source']}"
-        return f"python -m {package.__name__}{source} || exit {ClusterError.exit_code}; {self.command}"
+        return f"python -m {job_package.__name__}{source} || exit {ClusterError.exit_code}; {self.command}"
 
     def write(self, folder: Path) -> None:
         """Writes the folder that is sent.

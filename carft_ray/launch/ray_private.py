@@ -151,7 +151,7 @@ def lean(trainer: Any) -> Any:
     """Changes a ``TorchTrainer``, in place, so that a group of one worker has three processes instead of six.
 
     Its controller runs in the process that calls ``fit``, which must be an actor's. Left out are the actors for Ray's
-    data sets, which no training has, and for placement groups left behind, which ``failures.leaks`` removes.
+    data sets, which no training has, and for placement groups left behind, which ``launch.leaks`` removes.
     """
     names = ("_create_default_callbacks", "_initialize_and_run_controller")
     callbacks, _ = (private_name("ray", f"TorchTrainer.{name}", partial(getattr, trainer, name)) for name in names)

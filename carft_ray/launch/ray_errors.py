@@ -22,7 +22,7 @@ from carft_ray import files
 from carft_ray.errors import MachineError, NoSuccessfulTrialError, Problem
 from carft_ray.files import MACHINE_ERRNOS
 from carft_ray.layout import LOG
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.training import TrialRow
 from carft_ray.training.out_of_memory import TEXTS
 from carft_ray.training.run_context import RunContext
 
