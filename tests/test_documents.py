@@ -19,7 +19,7 @@ from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
 from carft_ray.data.synthetic.sandbox import CLASSES, render
-from carft_ray.launch import driver, file_transfer, jobs, mailbox, node_files, nodes
+from carft_ray.launch import file_transfer, giving_up, jobs, mailbox, node_files, nodes
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import BACKBONES
 from carft_ray.store import log
@@ -115,7 +115,7 @@ NUMBERS = [  # which the tests above make small
     ("resume", f"metrics window (every {WORDS[loop.LOG_EVERY]} steps, and at the end of an epoch)"),
     ("resume", f"a node on which {WORDS[nodes.FAILURES]} attempts in a row were lost, and does not use it for "),
     ("resume", f"does not use it for {WORDS[nodes.LEFT_OUT_S / 60]} minutes;"),
-    ("resume", f"in {WORDS[driver.WAVES_TO_GIVE_UP]} waves ({WORDS[driver.FAILURES_TO_GIVE_UP]} at least)"),
+    ("resume", f"in {WORDS[giving_up.WAVES_TO_GIVE_UP]} waves ({WORDS[giving_up.FAILURES_TO_GIVE_UP]} at least)"),
     ("clusters", f"does not answer for less than {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
     ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
     ("clusters", f"in pieces of {file_transfer.PIECE_BYTES // 2**20} MiB"),

@@ -28,7 +28,7 @@ from study_steps import searching
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, OutOfMemoryError, StorageError
-from carft_ray.launch import driver
+from carft_ray.launch import giving_up
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
@@ -383,8 +383,8 @@ def bad_start(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
     # the first lost attempt sets the trial aside, and ends the search
     monkeypatch.setattr(study, "LOST_ATTEMPTS", 1)
-    monkeypatch.setattr(driver, "ATTEMPTS_TO_GIVE_UP", 1)
-    monkeypatch.setattr(driver, "ATTEMPTS_PER_SLOT", 1)
+    monkeypatch.setattr(giving_up, "ATTEMPTS_TO_GIVE_UP", 1)
+    monkeypatch.setattr(giving_up, "ATTEMPTS_PER_SLOT", 1)
 
     def runner(mode, in_preparation=False):
         monkeypatch.setenv("BAD_START", mode)

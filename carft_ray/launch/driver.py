@@ -7,19 +7,18 @@ Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.he
 thread.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from statistics import median
-from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import ClusterError, StorageError
 from carft_ray.launch import events, micro_batch
+from carft_ray.launch.attempt import Attempt, own_names
 from carft_ray.launch.budget import BUDGET_STOP, used_up
 from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.giving_up import GivingUp
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Process
 from carft_ray.launch.nodes import BadNodes, Drains
@@ -28,59 +27,18 @@ from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store import record
 from carft_ray.store.copy import NUMBERS
-from carft_ray.store.folder import check_name
 from carft_ray.store.record import append_log, log_lost
 from carft_ray.study.holding import STOPPING
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
-from carft_ray.study.training import Failure, TrialRow, TrialSpec
+from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.words import counted
 
-FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP = 5, 2  # at least, and times as many as run at a time
-HEALTHY_AFTER = 2  # times what trials ran until they failed
-# so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
-ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
-LONGEST_NAME = 1024  # of a file, as in a bucket
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
 SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
-
-
-@dataclass
-class _Attempt:
-    """An attempt that was proposed and has not ended.
-
-    Attributes:
-        spec: The attempt.
-        began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
-        is_running: Whether it has its resources.
-        rows: Of epochs that the study has not judged.
-        last_row: When the last one came, of ``time.monotonic``; 0: none has.
-        alive: Its process, once it has posted.
-        failure: How it ended, where it has posted that.
-        seen: Its last step, or when it was ended or missed last, of ``time.monotonic``.
-        hung: Why it was ended from outside; empty where it was not.
-        stacks: Gives what its threads did then.
-        leaves: Why it was asked to leave; empty where it was not.
-        is_noted: Whether the log says that it has begun.
-        gone: What its node has put into the bucket of the study and has removed since; None: it puts nothing there.
-    """
-
-    spec: TrialSpec
-    began: float
-    is_running: bool = False
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    last_row: float = 0.0
-    alive: Process | None = None
-    failure: Failure | None = None
-    seen: float = 0.0
-    hung: str = ""
-    stacks: Callable[[], str] = str
-    leaves: str = ""
-    is_noted: bool = False
-    gone: set[str] | None = None
 
 
 @dataclass(eq=False)
@@ -124,10 +82,8 @@ class Driver:
     has_stopped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
-        self._failed: list[TrialRow] = []  # trials, in this search
-        self._failed_s: list[float] = []  # what the last attempt of each took
-        self._failed_in_a_row = 0  # attempts
+        self._attempts: dict[str, Attempt] = {}  # by the name that whoever runs them has given
+        self._giving_up = GivingUp()
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
@@ -164,7 +120,7 @@ class Driver:
             return None
         if spec is not None:
             spec, now = replace(spec, fits=fits), time.monotonic()
-            self._attempts[key] = _Attempt(spec, now, seen=now)
+            self._attempts[key] = Attempt(spec, now, seen=now)
             self.exchange.order(spec.training, spec.attempt)
         return spec
 
@@ -294,7 +250,7 @@ class Driver:
             if self.drains and not attempt.leaves and (reason := self.drains.reason(attempt.alive)):
                 self.ask_to_leave(attempt.spec, reason)
 
-    def _held_s(self, attempt: _Attempt) -> float:
+    def _held_s(self, attempt: Attempt) -> float:
         """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
         waits = not attempt.is_running or (self.leaks is not None and attempt.alive is None)
         return 0.0 if waits else time.monotonic() - attempt.began
@@ -317,7 +273,7 @@ class Driver:
         for key in list(self._attempts):
             self.ended(key)
 
-    def _read_post(self, attempt: _Attempt) -> None:
+    def _read_post(self, attempt: Attempt) -> None:
         try:
             for kind, value in self.exchange.records(attempt.spec.training, attempt.spec.attempt):
                 if kind == "log":
@@ -325,7 +281,7 @@ class Driver:
                 elif kind == "step":
                     self.on_event(events.TrialStep(attempt.spec, value))
                 elif kind in ("sent", "gone"):
-                    names, gone = _own_names(attempt.spec, value), attempt.gone or set()
+                    names, gone = own_names(attempt.spec, value), attempt.gone or set()
                     attempt.gone = gone - names if kind == "sent" else gone | names  # removed once no node writes there
                     if kind == "sent":
                         self.study.log.store.learn(sorted(names))
@@ -344,7 +300,7 @@ class Driver:
         attempt.alive = mail.signs.process or attempt.alive
         self._longest_step_s = max(self._longest_step_s, mail.longest_s)
 
-    def _check_steps(self, attempt: _Attempt, heard: float) -> None:
+    def _check_steps(self, attempt: Attempt, heard: float) -> None:
         """Ends an attempt that made no step for long, as far as was heard of it: the driver may have slept."""
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         if alive is None:
@@ -374,7 +330,7 @@ class Driver:
         except StorageError as error:
             self._fail(error)
 
-    def _report_epochs(self, attempt: _Attempt) -> None:
+    def _report_epochs(self, attempt: Attempt) -> None:
         rows, attempt.rows = attempt.rows, []
         try:
             for row in rows:
@@ -401,7 +357,7 @@ class Driver:
             self.study.stop.ask(f"{BUDGET_STOP}{self.out_of_budget}")
         return bool(self.out_of_budget)
 
-    def _died(self, attempt: _Attempt, gone: str, rank: int) -> str:
+    def _died(self, attempt: Attempt, gone: str, rank: int) -> str:
         """Notes that an attempt was lost with one of its ranks, whatever the others have made of it.
 
         Returns:
@@ -417,7 +373,7 @@ class Driver:
             attempt.failure = Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node)
         return reason
 
-    def _settle(self, attempt: _Attempt, seconds: float, gone: str) -> None:
+    def _settle(self, attempt: Attempt, seconds: float, gone: str) -> None:
         """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
         spec = attempt.spec
         failure = attempt.failure
@@ -443,7 +399,7 @@ class Driver:
             if failure.outcome == "memory":
                 return
         reason = row.reason if row else failure.reason if failure else ""
-        self._count_failures(failed=row is None or row.outcome == "error", reason=reason)
+        self._giving_up.count(row is None or row.outcome == "error", reason, self.at_a_time.most)
         if row is None:
             return
         if row.outcome != "error" and attempt.alive:
@@ -458,24 +414,12 @@ class Driver:
         best = self.study.retention.best()
         self.on_event(events.TrialFinished(row, best is not None and row.name == best.name, best.name if best else ""))
         if row.outcome not in ("complete", "pruned"):
-            self._failed.append(row)
-            self._failed_s.append(seconds)
-        if best is None and self._is_in_vain():
-            raise no_successful_trial(self.study.study_dir, self._failed)
+            self._giving_up.note(row, seconds)
+        running_s = (self._held_s(each) for each in self._attempts.values() if each.spec.kind == "trial")
+        if best is None and self._giving_up.is_in_vain(self.at_a_time.most, running_s):
+            raise no_successful_trial(self.study.study_dir, self._giving_up.trials)
 
-    def _is_in_vain(self) -> bool:
-        """Tells whether a search without a complete trial gives up: two waves have failed, and nothing healthy runs.
-
-        That is, as many trials have failed as run at a time in two waves, five at least; and no trial runs that has
-        done so for more than twice the median time in which these failed.
-        """
-        if len(self._failed) < max(FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP * self.at_a_time.most):
-            return False
-        usual_s = median(self._failed_s)
-        trials = (each for each in self._attempts.values() if each.spec.kind == "trial")
-        return all(self._held_s(each) <= HEALTHY_AFTER * usual_s for each in trials)
-
-    def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
+    def _lost(self, attempt: Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
 
         Args:
@@ -512,35 +456,9 @@ class Driver:
             self.on_event(events.TrialSetAside(spec, reason))
         else:
             self.on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
-        self._count_failures(failed=what != "advanced", reason=reason, lost=True)
-
-    def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
-        """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
-
-        The limit grows with the number of trainings at a time, so that losing half of a cluster ends no search.
-        """
-        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.at_a_time.most):
-            rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
-            step = "Finished trainings are kept. Correct the cause, then run the same command again."
-            kind = MachineError if lost else NoSuccessfulTrialError
-            raise kind(Problem("search", rule, next_step=step))
+        self._giving_up.count(what != "advanced", reason, self.at_a_time.most, lost=True)
 
     def _fail(self, error: Exception) -> None:
         """Keeps the first failure, which whoever runs the trainings raises at the end, and asks what runs to stop."""
         self.failure = self.failure or error
         self.study.stop.ask(str(error))
-
-
-def _own_names(spec: TrialSpec, names: object) -> set[str]:
-    """Returns those names that are of files of an attempt: processes of others may write to the mailbox, too."""
-    found = set()
-    for name in names if isinstance(names, list) else ():
-        with contextlib.suppress(StorageError):
-            if (
-                isinstance(name, str)
-                and len(name) <= LONGEST_NAME
-                and check_name(name).startswith(f"{spec.attempt_name}/")
-            ):
-                found.add(name)
-    return found

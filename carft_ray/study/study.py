@@ -337,10 +337,11 @@ class Study:
             return True
         baselines = {row.name: row for row in self.rows("baseline")}
         named = {name: baselines.get(name) for name in self.recipe.search.constraints.id_drop}
-        ended = {name: row for name, row in named.items() if row is None or row.outcome not in ("complete", "running")}
-        if ended:
-            raise NoSuccessfulTrialError([_without_reference(self.study_dir, *each) for each in ended.items()])
-        if any(row is not None and row.outcome == "running" for row in named.values()):
+        begun = {name for name, row in named.items() if row is not None and row.outcome == "running"}
+        known = {name for name, row in named.items() if row is not None and "id_accuracy" in row.metrics}
+        if without := [name for name in named if name not in begun | known]:
+            raise NoSuccessfulTrialError([_without_reference(self.study_dir, each, named[each]) for each in without])
+        if begun:
             return False
         self._references = {name: row.metrics["id_accuracy"] for name, row in named.items() if row is not None}
         return True
