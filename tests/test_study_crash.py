@@ -114,6 +114,7 @@ def started(folder, where, monkeypatch):
         yield Folders(run, folder) if server is None else Buckets(run, folder, server)
 
 
+@pytest.mark.timeout(5400)  # `make crash-points` kills around each write, on a slow and busy machine too
 @pytest.mark.parametrize("where", ["folder", pytest.param("bucket", marks=pytest.mark.whole)])
 @pytest.mark.slow
 def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_lose_nothing(tmp_path, where, monkeypatch):
