@@ -36,7 +36,10 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         path = min(planned.glob("*.json"), default=None)
         if path is None or int(path.stem) > attempt:
             return
-        strike = json.loads(path.read_text())
+        try:
+            strike = json.loads(path.read_text())
+        except FileNotFoundError:  # the other rank has just been struck by it
+            return
         if (strike["rank"], strike["place"], strike["calls"]) == (context.rank, place, calls[place]):
             path.rename(path.with_suffix(".done"))
             end = threading.Timer(strike["delay_s"], os.kill, (os.getpid(), signal.SIGKILL))
