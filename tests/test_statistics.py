@@ -10,8 +10,8 @@ from scipy import stats
 from benchmarks.statistics import SMALL_IMAGES, SMALL_LEAST, SMALL_MOST, SMALL_SHARES, false_alarms
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics import intervals, paired
-from carft_ray.results.statistics.headline import headline, in_points, objective_difference
+from carft_ray.results.statistics import intervals
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference, p_words
 from carft_ray.results.statistics.intervals import crossed, objective_interval, rank_correlation, values_by_seed
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import compare, comparison_lines, holm, row_lines
@@ -63,17 +63,16 @@ def test_random_data_agree_with_sums_written_out():
     assert crossed({**values, "spare": np.ones((4, 2))}, {**weights, "spare": 0.0}) == result
 
 
-@pytest.mark.parametrize("level", [0.95, 0.99])
 @pytest.mark.parametrize("num_seeds", [1, 2, 3])
 @pytest.mark.parametrize("noise", [0, 1])  # without noise nothing varies: the rule of three
-def test_p_value_and_interval_agree_and_new_images_never_narrow_it(num_seeds, level, noise):
+def test_p_value_and_interval_agree_and_new_images_never_narrow_it(num_seeds, noise):
     rng = np.random.default_rng(1)
     for _ in range(30):
         values = rng.normal(0.2) / 10 + noise * rng.normal(0.15, 1, (num_seeds, 40))
-        result = crossed({"a": values}, {"a": 1.0}, level=level)
-        assert (result.p_value < 1 - level) == (result.ends[0] > 0 or result.ends[1] < 0)
+        result = crossed({"a": values}, {"a": 1.0})
+        assert (result.p_value < 0.05) == (result.ends[0] > 0 or result.ends[1] < 0)
         if num_seeds > 1:
-            half = stats.t.ppf((1 + level) / 2, num_seeds - 1) * math.sqrt(result.seed_variance)  # of these images
+            half = stats.t.ppf(0.975, num_seeds - 1) * math.sqrt(result.seed_variance)  # of these images
             assert result.ends[1] - result.mean >= half - 1e-12
 
 
@@ -168,6 +167,10 @@ def test_the_headline_says_better_worse_or_neither_and_worse_by_is_better_by_tur
     assert headline(same, "paper").startswith("no improvement over paper shown (+0.0 [-")
     found = [headline(each, "paper", is_measured_again=False).partition(" by ")[0] for each in (better, worse)]
     assert found == ["measured higher than paper", "measured lower than paper"]
+    assert headline(better, "paper", adjusted_p=0.03).endswith(" points, adjusted p = 0.03")
+    unsure = headline(better, "paper", adjusted_p=0.06)  # although its interval excludes 0
+    assert unsure.startswith("no improvement over paper shown (+50.0 [+4")
+    assert unsure.endswith("] points, adjusted p = 0.06)")
     assert in_points(0.583333, (0.24826, 0.91840)) == "58.3 [24.8, 91.8]"
     assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
 
@@ -293,23 +296,25 @@ def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(cor
     assert [line.partition(":")[0].strip() for line in row_lines(found)[1:]] == list(correct)
 
 
-def test_the_baseline_of_the_headline_has_its_own_p_value_and_interval_and_the_others_holms(correct, found):
+def test_the_baseline_of_the_headline_has_its_own_p_value_and_the_others_holms(correct, found):
     against = {each["other"]: each for each in found["baselines"]}
     assert list(against) == list(BASELINES)
     own = objective_difference(SPEC, correct["t0007"], correct["fine_tuning"])
     assert (against["fine_tuning"]["objective"], against["fine_tuning"]["p"]) == (own.data(), own.p_value)
-    raised = holm([against[name]["objective"]["p_value"] for name in ("paper", "zero_shot")])
-    assert [against[name]["p"] for name in ("paper", "zero_shot")] == [p for p, _ in raised]
-    level = raised[1][1]
-    assert level == pytest.approx(0.975)  # the first of two
+    adjusted = holm([against[name]["objective"]["p_value"] for name in ("paper", "zero_shot")])
+    assert [against[name]["p"] for name in ("paper", "zero_shot")] == adjusted
+    for each in found["baselines"]:
+        assert ("adjusted p" in each["sentence"]) == (each["other"] != "fine_tuning")
+        assert each["sentence"].startswith("no improvement") == (each["p"] >= 0.05)
     repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}  # for every seed
-    assert against["zero_shot"]["objective"] == objective_difference(SPEC, correct["t0007"], repeated, level).data()
+    assert against["zero_shot"]["objective"] == objective_difference(SPEC, correct["t0007"], repeated).data()
     assert [(each["other"], each["p"]) for each in found["others"]] == [("t0002", None)]
     told = {line.partition(":")[0].strip(): line for line in comparison_lines(found)}
     for each in (*found["baselines"], *found["others"]):
         low, high = each["objective"]["ends"]
         assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each["other"]]
-        assert ("; p " in told[each["other"]]) == (each["p"] is not None)
+        mark = "; p " if each["other"] == "fine_tuning" else "; adjusted p "
+        assert (mark in told[each["other"]]) == (each["p"] is not None)
     assert found["headline"].startswith("t0007: improves on fine tuning by 7.")
     other = compare(SPEC, correct, "t0007", {**BASELINES, "paper": 0.8})
     assert other["headline"].startswith("t0007: no improvement over paper shown")
@@ -325,7 +330,7 @@ def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
     half = crossed({"a": noise}, {"a": 1.0}).ends[1]
     for factor, words in ((1.001, "p < 0.05"), (0.999, "p > 0.05")):
         interval = crossed({"a": noise + factor * half}, {"a": 1.0})
-        assert paired._p(interval.p_value) == words
+        assert p_words(interval.p_value) == words
         low = float(in_points(interval.mean, interval.ends, signed=True).partition("[")[2].partition(",")[0])
         assert (low > 0) == (words == "p < 0.05")
         assert low != 0
@@ -344,10 +349,9 @@ def test_equal_configurations_differ_by_zero(correct):
 
 
 def test_holm_of_the_fixture_and_its_limits():
-    assert [one for one, _ in holm([0.01, 0.04, 0.03])] == pytest.approx([0.03, 0.06, 0.06])
-    assert [level for _, level in holm([0.01, 0.04, 0.03])] == pytest.approx([1 - 0.05 / 3, 1 - 0.05 / 2, 1 - 0.05 / 2])
-    assert [one for one, _ in holm([0.9, 0.8])] == [1.0, 1.0]
-    assert holm([0.02]) == [(0.02, pytest.approx(0.95))]
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
     assert holm([]) == []
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from carft_ray.evaluation.metrics import LEVEL
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.statistics.intervals import (
-    LEVEL,
     Interval,
     ValuesBySet,
     crossed,
@@ -21,8 +21,10 @@ from carft_ray.results.statistics.intervals import (
 from carft_ray.study.training import TrialRow
 
 
-def headline(difference: Interval, baseline: str, is_measured_again: bool = True) -> str:
-    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
+def headline(
+    difference: Interval, baseline: str, is_measured_again: bool = True, adjusted_p: float | None = None
+) -> str:
+    """Returns the one sentence about winner - baseline, in points: shown where p < 0.05, with the 95 % interval.
 
     Underscores in the name of the baseline are written as spaces.
 
@@ -34,16 +36,22 @@ def headline(difference: Interval, baseline: str, is_measured_again: bool = True
         baseline: Its name.
         is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
             ``measured higher than`` or ``measured lower than``, and no improvement.
+        adjusted_p: The p-value adjusted for several comparisons: it decides in place of the difference's own, and the
+            sentence contains it. The interval may then exclude 0 although nothing is shown.
     """
     (low, high), baseline = difference.ends, baseline.replace("_", " ")
+    p, told = difference.p_value, ""
+    if adjusted_p is not None:
+        p, told = adjusted_p, f", adjusted {p_words(adjusted_p)}"
     better, worse = (
         ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
     )
-    if low > 0:
-        return f"{better} {baseline} by {100 * difference.mean:.1f} {_ends(low, high, '.1f')} points"
-    if high < 0:
-        return f"{worse} {baseline} by {-100 * difference.mean:.1f} {_ends(-high, -low, '.1f')} points"
-    return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
+    if p >= 1 - LEVEL:
+        points = in_points(difference.mean, difference.ends, signed=True)
+        return f"no improvement over {baseline} shown ({points} points{told})"
+    if difference.mean > 0:
+        return f"{better} {baseline} by {in_points(difference.mean, (low, high))} points{told}"
+    return f"{worse} {baseline} by {in_points(-difference.mean, (-high, -low))} points{told}"
 
 
 def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
@@ -51,6 +59,14 @@ def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
     form = "+.1f" if signed else ".1f"
     low, high = ends
     return f"{100 * mean:{form}} {_ends(low, high, form)}"
+
+
+def p_words(value: float) -> str:
+    """Returns a p-value in words; rounding never moves it across 0.05."""
+    if value < 1e-4:
+        return "p < 0.0001"
+    text = f"{value:.2g}"
+    return f"p = {text}" if text != "0.05" else f"p {'<' if value < 0.05 else '>'} 0.05"
 
 
 def _ends(low: float, high: float, form: str) -> str:
@@ -93,9 +109,7 @@ def against_baseline(
     }
 
 
-def objective_difference(
-    spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet, level: float = LEVEL
-) -> Interval:
+def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet) -> Interval:
     """Returns the paired interval of the objective of configuration a minus that of b.
 
     For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
@@ -106,7 +120,6 @@ def objective_difference(
         spec: The objective and its sets.
         correct_a: Correctness of a per set, bool [r, n_j].
         correct_b: Correctness of b, the same images in the same order, seeds paired by index.
-        level: Of the intervals.
     """
     weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
     weights = {name: max(w, weights_b[name]) for name, w in weights_a.items() if w or weights_b[name]}
@@ -116,6 +129,6 @@ def objective_difference(
         for name, w in weights.items()
     }
     pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
-    interval = crossed(differences, weights, [a - b for a, b in pairs], level)
+    interval = crossed(differences, weights, [a - b for a, b in pairs])
     notes = dict.fromkeys([*worst_domain_notes(spec, correct_a), *worst_domain_notes(spec, correct_b)])
     return replace(interval, notes=(*interval.notes, *notes))

@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from carft_ray.evaluation.metrics import wilson
+from carft_ray.evaluation.metrics import LEVEL, wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
 OVER_IMAGES = "over images; one training: seeds not covered"
 
-LEVEL = 0.95
 _ZERO = 1e-12  # fractions below this are rounding
 
 FloatArray = npt.NDArray[np.float64]
@@ -32,7 +31,7 @@ ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its interval, of 95 % unless ``crossed`` was given another level.
+    """A mean over seeds with its 95 % interval.
 
     Attributes:
         mean: m, the mean over seeds.
@@ -75,9 +74,8 @@ def crossed(
     values: ValuesBySet,
     weights: Mapping[str, float],
     seed_values: Sequence[float] | None = None,
-    level: float = LEVEL,
 ) -> Interval:
-    """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its interval.
+    """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its 95 % interval.
 
     With y_q the weighted mean of seed q and m their mean:
 
@@ -86,7 +84,7 @@ def crossed(
         MS_E_j  = sum_qk (x_jqk - x_jq. - x_j.k + x_j..)^2 / ((n_j - 1)(r - 1))
         V_image = sum_j w_j^2 max(0, (MS_I_j - MS_E_j) / r) / n_j
         V_res   = sum_j w_j^2 MS_E_j / (r n_j)
-        V       = V_s + V_image,  interval  m +- t((1 + level) / 2, dof) sqrt(V),
+        V       = V_s + V_image,  interval  m +- t(0.975, dof) sqrt(V),
         dof     = V^2 / (V_s^2 / d + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
 
     each with V_s = V_seed, d = r - 1, and where V_seed < V_res also with V_s = V_res, d = (r - 1)(min_j n_j - 1): the
@@ -102,7 +100,7 @@ def crossed(
     If nothing varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j:
     of N_j images (V_image = 0: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
     -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. The p-value inverts it: exp(-|m| / max_j(|w_j| / N_j)).
-    So the interval leaves 0 out exactly where p < 1 - level.
+    So the interval leaves 0 out exactly where p < 0.05.
 
     Args:
         values: Per set j an array [r, n_j] of numbers from -1 to 1: correctness of one configuration, or paired
@@ -110,7 +108,6 @@ def crossed(
         weights: w_j per set, the same sets; sets of weight 0 change nothing.
         seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
             at the mean accuracies.
-        level: Of the intervals.
     """
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
     num_seeds = next(iter(arrays.values())).shape[0]
@@ -124,7 +121,7 @@ def crossed(
     per_image = max((abs(weights[name]) / array.shape[1] for name, array in used.items()), default=0.0)
     image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
     if num_seeds == 1:
-        half, p_value = _half_and_p(mean, image_variance, image_dof, per_image, level)
+        half, p_value = _half_and_p(mean, image_variance, image_dof, per_image)
         notes.append("one training: seeds not covered")
         return Interval(mean, 1, 0.0, 0.0, image_variance, _around(mean, half), float(image_dof), p_value, tuple(notes))
     if num_seeds == 2:
@@ -135,8 +132,8 @@ def crossed(
     sources = [(seed_variance, float(num_seeds - 1))]
     if seed_variance < residual_variance:
         sources.append((residual_variance, float((num_seeds - 1) * image_dof)))
-    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1), level)
-    half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image, level)
+    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1))
+    half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image)
     if half < fixed:
         half, dof = fixed, dof_fixed
     ends, p_value = _around(mean, half), max(p_fixed, p_value)
@@ -231,7 +228,6 @@ def _widest(
     image_variance: float,
     image_dof: int,
     per_image: float,
-    level: float,
 ) -> tuple[float, float, float]:
     """Returns the largest half-width over the V_s and d given, its degrees of freedom, and the largest p-value."""
     found = []
@@ -239,18 +235,18 @@ def _widest(
         total = variance + image_variance
         if total > 0:
             dof = 1 / ((variance / total) ** 2 / dof + (image_variance / total) ** 2 / image_dof)
-        found.append((*_half_and_p(mean, total, dof, per_image, level), dof))
+        found.append((*_half_and_p(mean, total, dof, per_image), dof))
     half, _, dof = max(found)
     return half, dof, max(p for _, p, _ in found)
 
 
-def _half_and_p(mean: float, variance: float, dof: float, per_image: float, level: float) -> tuple[float, float]:
+def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> tuple[float, float]:
     """Returns half-width and p-value of mean = 0: Student's t, or the rule of three."""
     if variance == 0:
-        off = -math.log(1 - level) * per_image
+        off = -math.log(1 - LEVEL) * per_image
         return off, 1.0 if abs(mean) < _ZERO or per_image == 0 else math.exp(-abs(mean) / per_image)
     error = math.sqrt(variance)
-    return float(stats.t.ppf((1 + level) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
+    return float(stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
 
 
 def _or_zero(variance: float) -> float:

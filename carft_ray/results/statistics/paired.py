@@ -1,9 +1,10 @@
 """Configurations compared with the winner: intervals, paired differences with their tests, the headline.
 
 For `confirm` (validation, fresh seeds) and `test` (test sets). What is tested is the winner minus each baseline on the
-objective. The baseline of the headline was chosen before, so its interval and its p-value are its own. Those of the
-other baselines are raised for their number (Holm), both alike: an interval leaves 0 out exactly where p < 0.05.
-Differences on single sets, and those to other configurations, have intervals and no p-values.
+objective. The baseline of the headline was chosen before, so its p-value is its own. The p-values of the other
+baselines are adjusted for their number (Holm), and decide what is shown. All intervals are 95 % intervals, so that of
+another baseline may exclude 0 although nothing is shown. Differences on single sets, and those to other configurations,
+have intervals and no p-values.
 
 Shape letters: r seeds, n images of one set. Accuracies are fractions; text is in points (percent).
 """
@@ -17,8 +18,8 @@ import numpy as np
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
-from carft_ray.results.statistics.headline import headline, in_points, objective_difference
-from carft_ray.results.statistics.intervals import LEVEL, Interval
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference, p_words
+from carft_ray.results.statistics.intervals import Interval
 from carft_ray.results.statistics.optimism import seed_variances
 from carft_ray.words import counted
 
@@ -60,43 +61,44 @@ def compare(
     Raises:
         ValueError: The numbers of seeds or images do not belong together.
     """
-    found = {name: _difference(spec, correct, winner, name, id_margin) for name in correct if name != winner}
-    p_values = {name: found[name]["objective"]["p_value"] for name in baselines}
+    differences = {name: _difference(spec, correct[winner], correct[name]) for name in correct if name != winner}
     headline_baseline = max(baselines, key=lambda name: baselines[name], default=None)
     family = [name for name in baselines if name != headline_baseline]
-    for name, (p, level) in zip(family, holm([p_values[name] for name in family]), strict=True):
-        p_values[name] = p
-        if level != LEVEL:
-            found[name] = _difference(spec, correct, winner, name, id_margin, level)
-    others = [found[name] | {"p": None} for name in found if name not in baselines]
+    adjusted: dict[str, float] = {}
+    if len(family) > 1:
+        adjusted = dict(zip(family, holm([differences[name][0].p_value for name in family]), strict=True))
+    compared: dict[str, dict[str, Any]] = {}
+    for name, (objective, sets) in differences.items():
+        compared[name] = {
+            "other": name,
+            "objective": objective.data(),
+            "p": adjusted.get(name, objective.p_value) if name in baselines else None,
+            "sets": {each: interval.data() for each, interval in sets.items()},
+            "keeps_id": keeps_id(sets[spec.id_set], id_margin),
+            "sentence": headline(objective, name, adjusted_p=adjusted.get(name)),
+        }
+    others = [each for name, each in compared.items() if name not in baselines]
     return {
         "label": label,
         "winner": winner,
         "headline_baseline": headline_baseline,
-        "headline": None if headline_baseline is None else f"{winner}: {found[headline_baseline]['sentence']}",
+        "headline": None if headline_baseline is None else f"{winner}: {compared[headline_baseline]['sentence']}",
         "id_margin": id_margin,
         "rows": [_row(spec, name, by_set) for name, by_set in correct.items()],
-        "baselines": [found[name] | {"p": p_values[name]} for name in baselines],
+        "baselines": [compared[name] for name in baselines],
         "others": others,
         "optimism": None if searched is None else _optimism(spec, correct, winner, searched),
         "better_than_winner": [each["other"] for each in others if each["objective"]["ends"][1] < 0],
     }
 
 
-def holm(p_values: Sequence[float]) -> list[tuple[float, float]]:
-    """Returns Holm's adjusted p-values, each with the level at which an interval says the same, in order.
-
-    Sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)). Those below 0.05 were tested at 0.05 / (m - h + 1),
-    the others at that of the first of them: an interval of that level leaves 0 out exactly where adj < 0.05, and covers
-    with at least 95 %.
-    """
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns Holm's adjusted p-values, in order: adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h))."""
     p = np.asarray(p_values, np.float64)
-    order, factors = np.argsort(p, kind="stable"), np.arange(len(p), 0, -1)
-    adjusted = np.maximum.accumulate(np.minimum(1.0, factors * p[order]))
-    num_shown = int((adjusted < 1 - LEVEL).sum())
-    factors[num_shown:] = len(p) - num_shown
-    found = [(float(each), 1 - (1 - LEVEL) / int(factor)) for each, factor in zip(adjusted, factors, strict=True)]
-    return [found[place] for place in np.argsort(order)]
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return [float(each) for each in adjusted]
 
 
 def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
@@ -122,7 +124,7 @@ def later_best(found: Mapping[str, Any], best: str) -> list[str]:
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     """Returns the differences of a comparison (``compare``) as lines of text, the headline last."""
-    lines = []
+    lines, num_adjusted = [], len(found["baselines"]) - 1
     if found["baselines"] or found["others"]:
         lines.append(
             f"{found['winner']} minus each other one, {found['label']}: objective in points with its 95 % interval. An "
@@ -131,14 +133,20 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     for each in (*found["baselines"], *found["others"]):
         tested = ""
         if each["p"] is not None:
-            tested = f"; {_p(each['p'])}; {'keeps ID' if each['keeps_id'] else 'keeping ID is not shown'}"
+            adjusted = "adjusted " if num_adjusted > 1 and each["other"] != found["headline_baseline"] else ""
+            kept = "keeps ID" if each["keeps_id"] else "keeping ID is not shown"
+            tested = f"; {adjusted}{p_words(each['p'])}; {kept}"
         lines.append(f"    {each['other']}: {_in_points(each['objective'], signed=True)}{tested}")
     if found["baselines"]:
-        few = len(found["baselines"]) - 1
-        raised = f" p and interval of the {few} other baselines are raised for their number (Holm);" if few > 1 else ""
+        adjusted = ""
+        if num_adjusted > 1:
+            adjusted = (
+                f" The p of the {num_adjusted} other baselines is adjusted for their number (Holm). It decides, even "
+                "if the interval excludes 0."
+            )
         lines.append(
-            "    p: how often chance alone gives such a difference; below 0.05 it counts as shown, and the interval "
-            f"excludes 0;{raised} {found['headline_baseline']} was fixed before. Keeps ID: at most "
+            "    p: how often chance alone gives such a difference. Below 0.05 the difference counts as shown. "
+            f"{found['headline_baseline']} was fixed before.{adjusted} Keeps ID: at most "
             f"{counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
         )
     for name in found["better_than_winner"]:
@@ -174,29 +182,16 @@ def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> dict[str, Any
     }
 
 
-def _difference(
-    spec: ObjectiveSpec,
-    correct: Mapping[str, CorrectBySet],
-    winner: str,
-    other: str,
-    id_margin: float,
-    level: float = LEVEL,
-) -> dict[str, Any]:
-    num_seeds = max(len(correct[row][spec.id_set]) for row in (winner, other))
+def _difference(spec: ObjectiveSpec, winner: CorrectBySet, other: CorrectBySet) -> tuple[Interval, dict[str, Interval]]:
+    """Returns the winner minus another one: on the objective, and on each set."""
+    num_seeds = max(len(rows[spec.id_set]) for rows in (winner, other))
     a, b = (
-        {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
-        for row in (winner, other)
+        {name: np.broadcast_to(rows[name], (num_seeds, rows[name].shape[1])) for name in spec.sets}
+        for rows in (winner, other)
     )
-    objective = objective_difference(spec, a, b, level)
     gaps = intervals.paired_differences(a, b)
     sets = {name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in gaps.items()}
-    return {
-        "other": other,
-        "objective": objective.data(),
-        "sets": {name: each.data() for name, each in sets.items()},
-        "keeps_id": keeps_id(sets[spec.id_set], id_margin),
-        "sentence": headline(objective, other),
-    }
+    return objective_difference(spec, a, b), sets
 
 
 def _optimism(
@@ -205,10 +200,3 @@ def _optimism(
     own, pooled = intervals.values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
     se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
     return {"searched": searched, "value": searched - float(np.mean(own)), "se": se}
-
-
-def _p(value: float) -> str:
-    if value < 1e-4:
-        return "p < 0.0001"
-    text = f"{value:.2g}"
-    return f"p = {text}" if text != "0.05" else f"p {'<' if value < 0.05 else '>'} 0.05"  # rounding changes no verdict
