@@ -319,6 +319,8 @@ NO_EFFECT = "has no effect: "
 WEAK = "search.pruner is weakly informative: a training has "
 WARNINGS = [
     ("budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}", f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_w"),
+    ("  pack: always", f"data.pack {NO_EFFECT}the images of data.train are drawn and kept decoded"),
+    ("  resize_short_side: 8", f"data.resize_short_side {NO_EFFECT}the images of data.train are drawn and kept"),
     ("train: {kl_weight: 0, context_scale: 9}", f"train.context_scale {NO_EFFECT}kl_weight is 0"),
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),

@@ -28,7 +28,7 @@ from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.schema.sets import SetSpec
 from carft_ray.study.recipe_identity import class_of
 from carft_ray.training.origin import set_contents
-from carft_ray.training.shared_inputs import load_shared_inputs
+from carft_ray.training.shared_inputs import forget_inputs, load_shared_inputs
 
 WITHOUT_DRAWS = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 
@@ -233,6 +233,23 @@ def test_the_provenance_holds_what_is_seen_and_what_was_skipped(tree, monkeypatc
     find_shared(recipe, cache_dir(recipe))
     monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
     assert set_contents(recipe, SimpleNamespace(validation=(), sources=sources)) == found
+
+
+def test_a_training_set_under_corruptions_is_made_once_and_smaller_if_asked(tree, monkeypatch):
+    train = corrupted(folder("train"))
+    sets = {"train": train, "id_val": folder("val"), "cache_dir": str(tree / "cache")}
+    plain = load_shared_inputs(recipe_of({**sets, "pack": "never"})).train
+    expected = [plain.pixels(index) for index in range(len(plain))]
+    load_shared_inputs(recipe_of(sets))
+    forget_inputs()
+    with monkeypatch.context() as patched:
+        patched.setattr("carft_ray.data.synthetic.corrupted.corrupt", None)
+        found = load_shared_inputs(recipe_of(sets)).train
+        for index, pixels in enumerate(expected):
+            np.testing.assert_array_equal(found.pixels(index), pixels)
+    short_side = min(expected[0].shape[:2]) // 2
+    smaller = load_shared_inputs(recipe_of({**sets, "resize_short_side": short_side})).train
+    assert min(smaller.pixels(0).shape[:2]) == short_side
 
 
 @pytest.mark.slow

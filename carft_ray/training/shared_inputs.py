@@ -18,6 +18,7 @@ from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.source import ImageSet, Source, identity
+from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.prompts import templates
@@ -86,11 +87,7 @@ def load_shared_inputs(
         train = sources[TRAIN]
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
-        elif isinstance(train, StoredSource) and (
-            recipe.data.resize_short_side is not None
-            or recipe.data.pack == "always"
-            or (recipe.data.pack == "auto" and pays(train.home, train.listing.in_order, folder))
-        ):
+        elif isinstance(train, StoredSource | CorruptedSource) and _is_packed(recipe, train, folder):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
 
         def decoded(name: str) -> ImageSet:
@@ -103,6 +100,13 @@ def load_shared_inputs(
         _loaded.clear()
         _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
     return _loaded[asked]
+
+
+def _is_packed(recipe: Recipe, train: StoredSource | CorruptedSource, folder: Path) -> bool:
+    """Returns whether a training set is packed: a set under corruptions by default, since each one takes long."""
+    if recipe.data.resize_short_side is not None or recipe.data.pack != "auto":
+        return recipe.data.pack != "never"
+    return isinstance(train, CorruptedSource) or pays(train.home, train.listing.in_order, folder)
 
 
 def forget_inputs() -> None:

@@ -12,7 +12,7 @@ from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schedule import possible_values
 from carft_ray.recipe.schema.fields import Config
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec
+from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, plain
 from carft_ray.recipe.text import dotted
 from carft_ray.words import counted
 
@@ -45,8 +45,10 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         """Returns whether a field of ``train`` has this value in all trials."""
         return name not in space and bool(getattr(train, name) == value)
 
-    if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
-        yield "data.pack", "has no effect: the images of data.train are drawn and kept decoded"
+    if isinstance(plain(recipe.data.train), SandboxSet):
+        for name in ("pack", "resize_short_side"):
+            if _is_changed(recipe.data, name):
+                yield f"data.{name}", "has no effect: the images of data.train are drawn and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:

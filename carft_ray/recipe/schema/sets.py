@@ -307,8 +307,8 @@ class DataConfig(Config):
     """size limit of that folder in 10^9 bytes; after a build, the least recently used entries are removed until it
     fits, but none in use; null: no limit"""
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
-    """keep the files of `train` as one file in the cache; auto: if they are on network disks and the cache is not, and
-    for the images of Parquet files"""
+    """keep the files of `train` as one file in the cache; auto: if they are on network disks and the cache is not, for
+    the images of Parquet files, and for corrupted images, which are made once"""
     resize_short_side: PositiveInt | None = key(None, 288, Resume("identity", "the training images"))
     """pixels of the shorter side: larger stored images of `train` are resized to it once and kept as JPEG in the cache;
     null: training crops from the original images"""
