@@ -151,7 +151,7 @@ class Report:
         return {**own, "curves": curves_table(self.view), "sets": sets_table(self.document["tables"])}
 
     def save_tables(self, folder: str | Path) -> list[Path]:
-        """Writes the tables, each as CSV and as Parquet; returns the paths.
+        """Writes the tables, each as CSV; returns the paths.
 
         Raises:
             StorageError: A file cannot be written.

@@ -17,9 +17,7 @@ def report(
     study: common.StudyArgument,
     html: Annotated[bool, Option("--html", help="Write one HTML page: figures, tables, all trials.")] = False,
     card: Annotated[str | None, Option(metavar="text|latex", help="Print only the verdict, in five lines.")] = None,
-    tables: Annotated[
-        Path | None, Option(metavar="DIR", help="Write only the tables, as CSV and Parquet, to this folder.")
-    ] = None,
+    tables: Annotated[Path | None, Option(metavar="DIR", help="Write only the tables, as CSV, to this folder.")] = None,
     out: Annotated[
         Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or of --card.")
     ] = None,

@@ -1,4 +1,4 @@
-"""The tables of a report as files: CSV and Parquet, from what a study has stored. No set is opened."""
+"""The tables of a report as CSV files, from what a study has stored. No set is opened."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from carft_ray import files
 from carft_ray.results.reading.study_view import Overview
@@ -59,24 +58,22 @@ def sets_table(tables: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def write_tables(tables: Mapping[str, pa.Table], folder: Path) -> list[Path]:
-    """Writes each table as ``NAME.csv`` and ``NAME.parquet``; returns the paths.
+    """Writes each table as ``NAME.csv``; returns the paths.
 
     Raises:
         StorageError: A file cannot be written.
     """
-    paths = []
-    for name, table in tables.items():
-        for ending, write in ((".csv", _write_csv), (".parquet", pq.write_table)):
-            buffer = io.BytesIO()
-            write(table, buffer)
-            paths.append(folder / f"{name}{ending}")
-            files.write_bytes(paths[-1], buffer.getvalue())
-    return paths
+    paths = {folder / f"{name}.csv": table for name, table in tables.items()}
+    for path, table in paths.items():
+        files.write_bytes(path, _csv(table))
+    return [*paths]
 
 
-def _write_csv(table: pa.Table, buffer: io.BytesIO) -> None:
+def _csv(table: pa.Table) -> bytes:
     for index, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_string(column.type):
             cells = pa.array([None if text is None else csv_cell(text) for text in column.to_pylist()], pa.string())
             table = table.set_column(index, name, cells)
+    buffer = io.BytesIO()
     pyarrow.csv.write_csv(table.rename_columns([*map(csv_cell, table.column_names)]), buffer)
+    return buffer.getvalue()
