@@ -104,9 +104,10 @@ def load_shared_inputs(
 
 def _is_packed(recipe: Recipe, train: StoredSource | CorruptedSource, folder: Path) -> bool:
     """Returns whether a training set is packed: a set under corruptions by default, since each one takes long."""
-    if recipe.data.resize_short_side is not None or recipe.data.pack != "auto":
-        return recipe.data.pack != "never"
-    return isinstance(train, CorruptedSource) or pays(train.home, train.listing.in_order, folder)
+    if recipe.data.resize_short_side is not None or recipe.data.pack == "always":
+        return True
+    may_pay = isinstance(train, CorruptedSource) or pays(train.home, train.listing.in_order, folder)
+    return recipe.data.pack == "auto" and may_pay
 
 
 def forget_inputs() -> None:
