@@ -568,6 +568,21 @@ def test_an_unfit_new_study_removes_only_what_it_has_written(server):
     assert server.objects().keys() == {"study/child/manifest.json"}
 
 
+def test_an_unfit_new_study_removes_nothing_that_others_have_put_there_before_it_listed_the_bucket(server):
+    def prepare(recipe, folder, say=None):
+        raise DataError("there is no data")
+
+    def strike(method, path):
+        if method == "PUT" and path.endswith("/log/00000001"):
+            server.put("study/manifest.json", b"{}")
+            server.put("study/notes.txt", b"of somebody else")
+
+    server.strike = strike
+    with pytest.raises(DataError):
+        searched(server.address("study"), 1, prepare)
+    assert server.objects().keys() == {"study/manifest.json", "study/notes.txt"}
+
+
 def test_a_study_inside_another_one_is_refused(server, address, made, tmp_path, capsys):
     inside = f"{address}/trials/child"
     recipe = str(short_training.make(tmp_path))

@@ -26,10 +26,9 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Bucket, Tag
-from carft_ray.store.commit import commit_name
 from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
-from carft_ray.store.log import Log, pack_name
+from carft_ray.store.log import Log
 from carft_ray.store.record import checkpoint_of
 from carft_ray.study.place import DRIVEN, address_in, stop_request
 
@@ -53,6 +52,7 @@ class Driven(Copy):
         self._known: dict[str, _Version | None] = {}  # files as the bucket has them; None: it may have one
         self._by_training: dict[str, list[str]] | None = None  # their names; None: these have changed
         self._forgotten: set[str] = set()  # files and folders that the search has removed
+        self._written: set[str] = set()  # names that this process may have written
         self._ended: set[str] = set()  # attempts that are complete
         self._tag: Tag | None = None  # of the manifest as the bucket has it
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
@@ -66,6 +66,16 @@ class Driven(Copy):
         self._tag = self.tag(MANIFEST)
         self._known = {name: (each.num_bytes, each.stamp_ns) for name, each in self.fetch(IMAGES).items()}
         self._by_training = None
+
+    def put_new(self, name: str, data: bytes) -> None:
+        """As of ``Bucket``."""
+        self._written.add(name)
+        super().put_new(name, data)
+
+    def put(self, name: str, data: bytes) -> None:
+        """As of ``Bucket``."""
+        self._written.add(name)
+        super().put(name, data)
 
     def keep_files(self) -> None:
         """As of ``Store``."""
@@ -113,9 +123,7 @@ class Driven(Copy):
 
     def remove_written(self, request: str) -> None:
         """Removes what this process has written, and the request to stop it; names of others below the address stay."""
-        numbers = range(1, self.log.number + 2)  # it is not known whether a commit after the last one is there
-        commits = {commit_name(number) for number in numbers} | {pack_name(number) for number in numbers}
-        self.delete(sorted({*commits, *self._known, request}))
+        self.delete(sorted({*self._written, request}))
 
     def upload_new(self, checkpoints: bool, is_last: bool = False) -> None:
         """Uploads files that are new or have changed, and removes what the search has removed.
@@ -195,6 +203,7 @@ class Driven(Copy):
                 return
             self.log.check(is_sure=True)
             self._known[name] = self._by_training = None
+            self._written.add(name)
             if name == MANIFEST:
                 self._put_manifest(files.read_whole(self.here.path, MANIFEST))
             else:
