@@ -22,6 +22,7 @@ from carft_ray.launch.mailbox import NamedActor, started_here
 from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED, STATE
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.commit import commit_name, digest_in
+from carft_ray.store.copy import seen
 from carft_ray.store.folder import Folder, RefusedError, check_name
 from carft_ray.store.record import checkpoint_of, checkpoints
 from carft_ray.untrusted import is_name, open_regular, visible
@@ -201,7 +202,7 @@ class StudyFiles(NamedActor):
         """Gets files into a folder, those that are not there yet; what has vanished is passed over."""
         for each in wanted:
             path = folder / each.name
-            if not _same(path, each):
+            if seen(path) != each[1:]:
                 with contextlib.suppress(_GoneError):
                     self._download(each, path)
 
@@ -309,7 +310,7 @@ class BucketFiles:
         """As ``StudyFiles.get``."""
         for each in wanted:
             path = folder / each.name
-            if self._works and not _same(path, each):
+            if self._works and seen(path) != each[1:]:
                 with contextlib.suppress(StorageError):
                     if self._bucket.download(each.name, path):
                         self.counts = self.counts[0] + each.size, self.counts[1]
@@ -362,10 +363,3 @@ def start_files(folder: Path, address: str, commit: tuple[int, str]) -> tuple[St
     if not address or not found.reaches(address, commit):
         return found, ""
     return StudyFiles(*started_here(FileServer, "file server", folder, address, threads=THREADS)), address
-
-
-def _same(path: Path, entry: Entry) -> bool:
-    with contextlib.suppress(OSError):
-        state = path.stat()
-        return (state.st_size, state.st_mtime_ns) == entry[1:]
-    return False

@@ -49,6 +49,8 @@ class Copy(Bucket):
 
     def get(self, name: str) -> bytes | None:
         """As of ``Bucket``; a commit that the folder has is read there."""
+        if not name.startswith(f"{COMMITS}/"):
+            return super().get(name)
         first = self.here.get(name.replace("pack-", ""))  # of a pack
         return super().get(name) if first is None else first if "pack-" not in name else None
 
@@ -156,8 +158,8 @@ def files_in(folder: Path) -> dict[str, int]:
     with files.writing(folder):
         for path in files.whole_files(folder, COMMITS):
             with contextlib.suppress(FileNotFoundError):  # it is gone by now
-                if stat.S_ISREG((seen := path.lstat()).st_mode):
-                    found[path.relative_to(folder).as_posix()] = seen.st_size
+                if stat.S_ISREG((state := path.lstat()).st_mode):
+                    found[path.relative_to(folder).as_posix()] = state.st_size
     return found
 
 

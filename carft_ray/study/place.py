@@ -6,12 +6,12 @@ What is fetched stays in the user's cache, and the next time only what has chang
     studies/HASH/NAME/          the copy, with the last part of the address as its name
     driven/HASH/                the same, where a search of this machine works (``study.uploads``)
 
-While such a search goes on, whoever wants numbers on this machine reads its folder, and asks the bucket for nothing.
+While such a search goes on, whoever wants no more than its state on this machine reads its folder.
 """
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,22 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
         return Path(place)
     if text.startswith("file:"):
         return Path("/" + unquote(text.removeprefix("file:").lstrip("/")))
-    bucket = Bucket(text)
-    address, folder = str(bucket), _place_of(bucket, STUDIES)
+    address = _address(place)
+    folder = _place_of(address, STUDIES)
     when, had = _fetched.get(address, (-FRESH_FOR_S, ALL))
     if time.monotonic() - when < FRESH_FOR_S and had >= need and is_study(folder):
         return folder
-    if need == STATE and (driven := _driven_now(bucket)):
+    if need == STATE and (driven := _driven_now(address)):
         return driven
-    _require_study(bucket)
     copy = Copy(address, folder)
+    _require_study(copy)
     copy.read_log()
     copy.fetch(need)
     _fetched[address] = (time.monotonic(), need)
     return folder
 
 
-def bring(place: Place, names: Iterable[str]) -> None:
+def bring(place: Place, names: Sequence[str]) -> None:
     """Has the folder that ``fetched`` gives hold some files of the study as they are now, if they exist.
 
     Args:
@@ -79,30 +79,37 @@ def bring(place: Place, names: Iterable[str]) -> None:
     Raises:
         StorageError: The bucket cannot be read, or the folder not be written.
     """
-    if not in_bucket(place):
+    if not in_bucket(place) or not names:
         return
-    bucket, folder = Bucket(str(place)), fetched(place, STATE)
-    for name in names if folder == _path_of(bucket, STUDIES) else ():
-        if time.monotonic() - _brought.get((str(bucket), name), -FRESH_FOR_S) >= FRESH_FOR_S:
+    address, folder = _address(place), fetched(place, STATE)
+    if folder == _path_of(address, DRIVEN):
+        return
+    bucket = Bucket(address)
+    for name in names:
+        if time.monotonic() - _brought.get((address, name), -FRESH_FOR_S) >= FRESH_FOR_S:
             bucket.download(name, folder / name)
-            _brought[str(bucket), name] = time.monotonic()
+            _brought[address, name] = time.monotonic()
 
 
-def _driven_now(bucket: Bucket) -> Path | None:
+def _driven_now(address: str) -> Path | None:
     """Returns the folder in which a search of this machine works on a study now; None: none does."""
-    folder = _path_of(bucket, DRIVEN)
+    folder = _path_of(address, DRIVEN)
     return folder if is_study(folder) and log_of(folder).is_held_here else None
 
 
-def _path_of(bucket: Bucket, root: str) -> Path:
-    home = user_cache_dir() / root / blake2b(str(bucket).encode(), digest_size=8).hexdigest()
-    return home / str(bucket).rpartition("/")[2]
+def _address(place: Place) -> str:
+    return "://".join(parsed(str(place)))
 
 
-def _place_of(bucket: Bucket, root: str) -> Path:
+def _path_of(address: str, root: str) -> Path:
+    home = user_cache_dir() / root / blake2b(address.encode(), digest_size=8).hexdigest()
+    return home / address.rpartition("/")[2]
+
+
+def _place_of(address: str, root: str) -> Path:
     """Returns the folder of a study of a bucket in the cache, and writes its address beside it."""
-    folder = _path_of(bucket, root)
-    files.write_text(folder.parent.with_suffix(".txt"), str(bucket))
+    folder = _path_of(address, root)
+    files.write_text(folder.parent.with_suffix(".txt"), address)
     return folder
 
 
@@ -125,7 +132,7 @@ def in_bucket(place: Place) -> bool:
 
 def absolute(place: Place) -> str:
     """Returns a place as another machine would name it: the address, or the absolute path."""
-    return "://".join(parsed(str(place))) if in_bucket(place) else str(fetched(place).absolute())
+    return _address(place) if in_bucket(place) else str(fetched(place).absolute())
 
 
 def log_at(place: Place) -> Log:
@@ -137,11 +144,12 @@ def log_at(place: Place) -> Log:
     """
     if not in_bucket(place):
         return log_of(fetched(place))
-    bucket = Bucket(str(place))
-    if driven := _driven_now(bucket):
+    address = _address(place)
+    if driven := _driven_now(address):
         return log_of(driven)
-    _require_study(bucket)
-    return Copy(str(bucket), _place_of(bucket, STUDIES)).read_log()
+    copy = Copy(address, _place_of(address, STUDIES))
+    _require_study(copy)
+    return copy.read_log()
 
 
 def stop_request(log: Log) -> str:
@@ -164,17 +172,17 @@ def own_folder(place: Place, need: int | None = IMAGES) -> Path:
     """
     if not in_bucket(place):
         return fetched(place)
-    bucket = Bucket(str(place))
-    folder = _place_of(bucket, DRIVEN)
+    address = _address(place)
+    folder = _place_of(address, DRIVEN)
     if need is not None:
-        copy = Copy(str(bucket), folder)
+        copy = Copy(address, folder)
         log = copy.read_log()
         if not log.number:
-            require_apart(str(bucket), _study_above(bucket))
+            require_apart(address, _study_above(copy))
         if log.holder() is None:
             copy.fetch(need, removes=False)
         elif not log.is_held_here:  # it may fall silent; what is asked before the claim needs this
-            bucket.download(MANIFEST, folder / MANIFEST)
+            copy.download(MANIFEST, folder / MANIFEST)
     return folder
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
-from carft_ray.store.bucket import Bucket, Tag
+from carft_ray.store.bucket import Tag
 from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
@@ -174,7 +174,7 @@ class Driven(Copy):
                 return
             except (RefusedError, UnknownError) as error:  # also when the answer to an earlier try was lost
                 self._tag, problems = self.tag(MANIFEST), error.problems
-                if Bucket.get(self, MANIFEST) == data:  # our ``get`` reads the folder first
+                if self.get(MANIFEST) == data:
                     return
         raise StorageError(problems)
 
