@@ -131,6 +131,19 @@ def test_only_what_is_needed_and_has_changed_is_fetched(address, server):
     assert len(list(folder.rglob(WEIGHTS))) == 1, "it is there still"
 
 
+def test_status_and_ls_decode_each_commit_once_of_a_folder_and_of_an_address(address, made, monkeypatch, capsys):
+    numbers, decoded = [], log_module.decoded
+    monkeypatch.setattr(
+        log_module, "decoded", lambda data, number, *more: numbers.append(number) or decoded(data, number, *more)
+    )
+    all_of_them = list(range(1, log_of(made).number + 1))
+    for verb in ("status", "ls"):
+        for place in (str(made), address, address):
+            numbers.clear()
+            printed(capsys, verb, place)
+            assert numbers == all_of_them, (verb, place)
+
+
 def test_a_search_that_goes_on_is_followed_and_another_study_takes_the_place_of_the_copy(server, tmp_path):
     folder, address = tmp_path / "study", server.address("study")
     with open_study(folder, report_studies.make_recipe(3)) as study:

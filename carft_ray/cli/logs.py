@@ -29,7 +29,7 @@ def logs(
         raise UsageError(Problem("--json", "cannot be used with --follow"))
     view = study_view.read_study(study, STATE)
     row = logs.find_training(view, trial)
-    bring(study, [f"{row.training}/{LOG}"])
+    bring(view.study_dir, [f"{row.training}/{LOG}"])
     lines = logs.read_log(view.study_dir, row.training)
     if console.print_json(lines or [], json_):
         return

@@ -26,11 +26,10 @@ def list_(
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.store.copy import STATE
     from carft_ray.study.holding import is_study
-    from carft_ray.study.place import fetched
+    from carft_ray.study.place import fetched, in_bucket
 
     require_choice("--sort", "must be an order", sort, ORDERS)
-    folder = fetched(place, STATE)
-    if not is_study(folder):
+    if not in_bucket(place) and not is_study(folder := fetched(place)):
         studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
             console.show(console.study_table(studies))

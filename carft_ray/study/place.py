@@ -49,40 +49,47 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
         UsageError: It is an address, but none of a study.
         StorageError: The bucket cannot be read, or the copy not be written.
     """
+    return fetched_with_log(place, need)[0]
+
+
+def fetched_with_log(place: Place, need: int) -> tuple[Path, Log | None]:
+    """Returns what ``fetched`` does, and the log where it was read for that.
+
+    Raises:
+        UsageError, StorageError: As ``fetched``.
+    """
     text = str(place)
     if not is_address(text):
-        return Path(place)
+        return Path(place), None
     if text.startswith("file:"):
-        return Path("/" + unquote(text.removeprefix("file:").lstrip("/")))
+        return Path("/" + unquote(text.removeprefix("file:").lstrip("/"))), None
     address = _address(place)
     folder = _place_of(address, STUDIES)
     when, had = _fetched.get(address, (-FRESH_FOR_S, ALL))
     if time.monotonic() - when < FRESH_FOR_S and had >= need and is_study(folder):
-        return folder
-    if need == STATE and (driven := _driven_now(address)):
-        return driven
+        return folder, None
+    if need == STATE and (log := _log_driven_now(address)):
+        return _path_of(address, DRIVEN), log
     copy = Copy(address, folder)
     _require_study(copy)
-    copy.read_log()
+    log = copy.read_log()
     copy.fetch(need)
     _fetched[address] = (time.monotonic(), need)
-    return folder
+    return folder, log
 
 
-def bring(place: Place, names: Sequence[str]) -> None:
-    """Has the folder that ``fetched`` gives hold some files of the study as they are now, if they exist.
+def bring(folder: Path, names: Sequence[str]) -> None:
+    """Has a folder hold some files of its study as they are now, if they exist.
 
     Args:
-        place: The folder or the address.
+        folder: As ``fetched`` gives it; into one that is no copy nothing is brought.
         names: Of the files.
 
     Raises:
         StorageError: The bucket cannot be read, or the folder not be written.
     """
-    if not in_bucket(place) or not names:
-        return
-    address, folder = _address(place), fetched(place, STATE)
-    if folder == _path_of(address, DRIVEN):
+    address = address_in(folder, STUDIES)
+    if address is None or not names:
         return
     bucket = Bucket(address)
     for name in names:
@@ -91,10 +98,10 @@ def bring(place: Place, names: Sequence[str]) -> None:
             _brought[address, name] = time.monotonic()
 
 
-def _driven_now(address: str) -> Path | None:
-    """Returns the folder in which a search of this machine works on a study now; None: none does."""
-    folder = _path_of(address, DRIVEN)
-    return folder if is_study(folder) and log_of(folder).is_held_here else None
+def _log_driven_now(address: str) -> Log | None:
+    """Returns the log in the folder where a search of this machine works on a study now; None: none does."""
+    log = log_of(folder) if is_study(folder := _path_of(address, DRIVEN)) else None
+    return log if log and log.is_held_here else None
 
 
 def _address(place: Place) -> str:
@@ -122,7 +129,10 @@ def named(folder: Place) -> str:
 def address_in(folder: Path, root: str) -> str | None:
     """Returns the address of the study that a folder of the cache belongs to; None of another folder."""
     home = folder.resolve().parent
-    return read_text(home.with_suffix(".txt")) if home.parent == (user_cache_dir() / root).resolve() else None
+    with contextlib.suppress(FileNotFoundError):
+        if home.parent == (user_cache_dir() / root).resolve():
+            return read_text(home.with_suffix(".txt"))
+    return None
 
 
 def in_bucket(place: Place) -> bool:
@@ -145,8 +155,8 @@ def log_at(place: Place) -> Log:
     if not in_bucket(place):
         return log_of(fetched(place))
     address = _address(place)
-    if driven := _driven_now(address):
-        return log_of(driven)
+    if driven := _log_driven_now(address):
+        return driven
     copy = Copy(address, _place_of(address, STUDIES))
     _require_study(copy)
     return copy.read_log()

@@ -55,15 +55,19 @@ def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
     return log_and_rows(study_dir)[1]
 
 
-def log_and_rows(study_dir: Path) -> tuple[Log, dict[Kind, list[TrialRow]]]:
+def log_and_rows(study_dir: Path, log: Log | None = None) -> tuple[Log, dict[Kind, list[TrialRow]]]:
     """Reads the log, from its beginning each time, and what ``rows_by_kind`` returns.
+
+    Args:
+        study_dir: The folder of the study.
+        log: That log, where it has been read by now and no storage of Optuna was opened over it.
 
     Raises:
         StorageError: As ``trials``.
     """
     if not is_study(study_dir):
         raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
-    log = log_of(study_dir)
+    log = log or log_of(study_dir)
     with readable(log) as storage:
         return log, all_rows(storage)
 

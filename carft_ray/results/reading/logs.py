@@ -57,7 +57,7 @@ def follow_log(place: Place, training: str) -> Iterator[str]:
         over = False
         while not over:
             fetched(place, STATE)
-            bring(place, [f"{training}/{LOG}"])
+            bring(study_dir, [f"{training}/{LOG}"])
             if not position or log.follow():  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
                 over = any(row.training == training and row.outcome != "running" for row in rows)

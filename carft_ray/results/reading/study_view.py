@@ -14,7 +14,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.copy import IMAGES
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping
-from carft_ray.study.place import Place, bring, fetched, named
+from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
 from carft_ray.study.recipe_identity import resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.study.running import at_a_time, running_since
@@ -138,15 +138,16 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
         UsageError: There is none.
         RecipeError, StorageError: Its resolved recipe or its log is damaged, or its bucket cannot be read.
     """
-    study_dir = require_study(place, need=need)
-    log, rows = log_and_rows(study_dir)
+    folder, log = fetched_with_log(place, need)
+    study_dir = require_study(folder)
+    log, rows = log_and_rows(study_dir, log)
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
     since = running_since(log, trainings) if found else {}
     asked = found is not None and bool(stopping(log, log.claimed) or (study_dir / STOP).exists())
     recipe = study_recipe(study_dir, log)
     running = (row for row in trainings if row.outcome == "running")
-    bring(place, [f"{row.training}/{METRICS}" for row in running])  # by which the epoch is shown
+    bring(study_dir, [f"{row.training}/{METRICS}" for row in running])  # by which the epoch is shown
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
     return Overview(study_dir, recipe, *groups, found, asked, since, at_a_time(log) if found else None, log)
 
