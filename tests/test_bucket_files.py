@@ -306,11 +306,12 @@ def test_what_is_only_in_the_bucket_counts_as_progress_and_goes_when_the_trainin
 @pytest.mark.parametrize(
     ("without", "words"),
     [
-        ({}, "all 3 nodes see /s"),
-        ({"a": False}, "1 of 3 nodes do not see /s: its files go through Ray (a)"),
-        ({"a": True, "b": True}, "2 of 3 nodes do not see /s: 2 of them use the bucket"),
+        ([], "all 3 nodes see /s"),
+        ([("a", False)], "1 of 3 nodes do not see /s: its files go through Ray (a)"),
+        ([("a", True), ("b", True)], "2 of 3 nodes do not see /s: 2 of them use the bucket"),
+        ([("a", False), ("a", False)], "2 of 3 nodes do not see /s: its files go through Ray (a)"),
         (
-            {"b": True, "c": False, "a": True},
+            [("b", True), ("c", False), ("a", True)],
             "3 of 3 nodes do not see /s: 2 of them use the bucket, the files of 1 go through Ray (c)",
         ),
     ],

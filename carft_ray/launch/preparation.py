@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
     nodes = _nodes_for_trainings(runtime.capacity)
     # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
     max_calls = 1 if runtime.capacity.gpus_per_worker or len(nodes) > 1 else 0
-    pending, without = dict[Any, str](), dict[str, bool]()
+    pending, without = dict[Any, str](), list[tuple[str, bool]]()
     for node_id, address in nodes.items():
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
@@ -76,7 +76,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
                     reason = root_cause(error)
                 if reason:
                     say(f"{nodes[node_id]} did not fill its cache; its trials will fill it: {reason}")
-                without |= {} if seen else {nodes[node_id]: by_bucket}
+                without += [] if seen else [(nodes[node_id], by_bucket)]
             alive = _nodes_for_trainings(runtime.capacity)
             for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
                 say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
@@ -99,19 +99,20 @@ def _cancelling(pending: Collection[Any]) -> Iterator[None]:
         raise
 
 
-def _sight(study_dir: Path, num_nodes: int, without: Mapping[str, bool]) -> str:
+def _sight(study_dir: Path, num_nodes: int, without: Sequence[tuple[str, bool]]) -> str:
     """Returns how many nodes see the study, and how the others have its files.
 
     Args:
         study_dir: The study directory.
         num_nodes: That were asked.
-        without: Addresses of those that do not see it, and whether they use its bucket themselves.
+        without: Those that do not see it: address, which several may have, and whether they use its bucket themselves.
     """
     if not without:
         return f"{'the node sees' if num_nodes == 1 else f'all {num_nodes} nodes see'} {study_dir}"
-    through = sorted(node for node, by_bucket in without.items() if not by_bucket)
+    through = [node for node, by_bucket in without if not by_bucket]
     number = len(without) - len(through)
-    names = ", ".join(through[:MOST_NAMED]) + (", ..." if len(through) > MOST_NAMED else "")
+    addresses = sorted({*through})
+    names = ", ".join(addresses[:MOST_NAMED]) + (", ..." if len(addresses) > MOST_NAMED else "")
     ways = [f"{number} of them {'uses' if number == 1 else 'use'} the bucket"] if number else []
     if through:
         ways.append(
