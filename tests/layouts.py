@@ -7,7 +7,7 @@ import numpy as np
 from layouts_tables import encoded
 from scipy.io import savemat
 
-from carft_ray.data.benchmarks.facts import load_facts
+from carft_ray.recipe.benchmarks import BENCHMARKS
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no class for
@@ -19,7 +19,7 @@ CAMELYON = (("0", "0"), ("3", "1"), ("1", "0"), ("2", "1"))  # hospital, and the
 def make_layout(name, root, per_class=1):
     """Writes a benchmark under a folder as its archives unpack there; so many images per class, and domain or split."""
     root.mkdir(parents=True, exist_ok=True)
-    facts = load_facts(name)
+    facts = BENCHMARKS[name]
     images = [(label, word, index) for label, word in enumerate(facts.classes) for index in range(per_class)]
     _MAKERS[name](root, facts, images)
     return root
@@ -57,7 +57,7 @@ def make_flat_val(root, labels):
 
     The devkit numbers the classes in another order, and has inner nodes of WordNet too.
     """
-    classes = load_facts("imagenet").classes
+    classes = BENCHMARKS["imagenet"].classes
     ids = {name: number for number, name in enumerate(reversed(classes), start=1)}
     for index in range(len(labels)):
         _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG")
@@ -125,10 +125,10 @@ def cifar_batches(name, labels):
 
 def _cifar(root, facts, images):
     """Writes the binary version: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
-    ten = facts.name == "cifar10"
+    ten, own = len(facts.classes) == 10, [label for label, *_ in images]
     folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
     folder.mkdir()
-    for file, (pixels, labels) in cifar_batches(facts.name, [label for label, *_ in images]).items():
+    for file, (pixels, labels) in cifar_batches("cifar10" if ten else "cifar100", own).items():
         heads = [[label] if ten else [0, label] for label in labels]
         (folder / f"{file}.bin").write_bytes(np.hstack([np.array(heads, np.uint8), pixels]).tobytes())
     _write_lines(folder / ("batches.meta.txt" if ten else "fine_label_names.txt"), [*facts.classes, *[""] * ten])

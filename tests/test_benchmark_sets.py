@@ -14,8 +14,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from sources import open_set, recipe_of, told
 
-from carft_ray.data.benchmarks.facts import load_facts
-from carft_ray.data.benchmarks.reader import benchmark_places, benchmark_words, known_facts, num_expected
+from carft_ray.data.benchmarks.reader import benchmark_places, benchmark_words, num_expected
 from carft_ray.data.class_names import class_names
 from carft_ray.data.role_checks import check_roles
 from carft_ray.recipe.benchmarks import BENCHMARKS
@@ -24,7 +23,7 @@ from carft_ray.recipe.schema.sets import SetSpec
 
 pytestmark = pytest.mark.slow
 
-IMAGENET = load_facts("imagenet").classes
+IMAGENET = BENCHMARKS["imagenet"].classes
 SPLITS = [(name, split) for name, known in BENCHMARKS.items() for split in known.splits or (None,)]
 WHOLE = [(name, None) for name, known in BENCHMARKS.items() if known.splits and not known.needs_split]
 COPIES = {("sun397", None): 2, ("cifar10", "train"): 5, ("fgvc-aircraft", "trainval"): 2}  # images per class
@@ -51,19 +50,11 @@ def labelled(source):
     return dict(zip(names, (source.class_names[label] for label in source.labels.tolist()), strict=True))
 
 
-def test_the_recipe_knows_what_every_benchmark_has():
-    for name, known in BENCHMARKS.items():
-        facts = load_facts(name)
-        assert known.has_templates == (facts.templates is not None), name
-        if known.needs_split and not known.has_domains:
-            assert set(known.splits) == set(facts.counts), name
-
-
 @pytest.mark.parametrize(("name", "split"), SPLITS + WHOLE)
 def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
-    source, facts = opened(made(name), name, split), known_facts(name)
+    source, facts = opened(made(name), name, split), BENCHMARKS[name]
     sizes, count = np.bincount(source.labels), len(facts.classes)
-    if BENCHMARKS[name].has_domains:
+    if facts.domains:
         held_out = count // 5
         assert len(source) == {None: count, "out": held_out, "in": count - held_out}[split] * len(facts.domains)
     elif name == "iwildcam" and split != "train":
@@ -84,7 +75,7 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
 def test_a_set_of_two_hundred_classes_is_told_apart_between_these_of_the_thousand(name, made):
-    source, wnids = opened(made(name), name, class_list=IMAGENET), load_facts(name).classes
+    source, wnids = opened(made(name), name, class_list=IMAGENET), BENCHMARKS[name].classes
     assert source.groups == tuple((IMAGENET.index(wnid),) for wnid in wnids)
     assert labelled(source) == {file: file.split("/")[0] for file in labelled(source)}
     assert set(labelled(source).values()) == set(wnids)
@@ -113,7 +104,7 @@ def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
 
 
 def test_a_class_of_objectnet_scores_the_largest_of_its_imagenet_classes_and_its_red_frame_is_cut_off(made):
-    source, facts = opened(made("objectnet"), "objectnet"), load_facts("objectnet")
+    source, facts = opened(made("objectnet"), "objectnet"), BENCHMARKS["objectnet"]
     assert (len(source.groups), sum(map(len, source.groups))) == (113, 125)
     bicycle = [label for name, label in zip(source.listing.names, source.labels, strict=True) if "bicycle/" in name]
     assert bicycle == [444]
@@ -181,7 +172,7 @@ def test_cifar_is_read_as_by_torchvision(name, made, tmp_path, monkeypatch):
         names = ("cifar-100-python", "fine_labels", "meta", "fine_label_names", oracle.CIFAR100)
     folder, labels_key, meta, classes_key, kind = names
     (tmp_path / folder).mkdir()
-    classes = list(load_facts(name).classes)
+    classes = list(BENCHMARKS[name].classes)
     batches = cifar_batches(name, range(len(classes))).items()
     files = {file: {"data": each, labels_key: labels} for file, (each, labels) in batches}
     for file, value in {**files, meta: {classes_key: classes}}.items():
@@ -219,7 +210,7 @@ def test_camelyon_has_its_splits_by_hospital(made):
 def test_in_and_out_are_domainbeds_images(trial_seed, tmp_path):
     """DomainBed's train.py: ImageFolder's samples, held out by a shuffle whose seed hashes (trial_seed, i)."""
     make_layout("pacs", tmp_path, per_class=4)
-    for environment, domain in enumerate(load_facts("pacs").domains):
+    for environment, domain in enumerate(BENCHMARKS["pacs"].domains):
         samples = oracle.ImageFolder(tmp_path / "PACS" / domain).samples
         names = [Path(path).relative_to(tmp_path / "PACS").as_posix() for path, _ in samples]
         seed = int(hashlib.md5(str((trial_seed, environment)).encode("utf-8")).hexdigest(), 16) % (2**31)

@@ -37,7 +37,7 @@ DOORWAYS = {  # the libraries that a layer alone, or with others, uses
     "store": "optuna obstore",  # a journal's backend
     "training": "torch",
     "model": "open_clip torch",
-    "data": "torch simplejpeg pydantic",  # torch: its resize of uint8 alone
+    "data": "torch simplejpeg",  # torch: its resize of uint8 alone
     "recipe": "ruamel pydantic",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -134,9 +134,8 @@ def test_no_module_unpickles():
 AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
     "writes": "files training/tensorboard store/bucket launch/worker",
-    "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/benchmarks/reader"
-    " data/benchmarks/facts data/synthetic/sandbox_shapes data/synthetic/corruptions data/copies/pairs_file"
-    " results/export/model_card results/page/page",
+    "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/synthetic/sandbox_shapes"
+    " data/synthetic/corruptions data/copies/pairs_file results/export/model_card results/page/page",
     "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index data/packed training/targets"
     " launch/jobs training/own_function",

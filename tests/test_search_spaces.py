@@ -19,9 +19,9 @@ from study_steps import run_search, searching
 from test_init import write_tree
 
 from carft_ray import files
-from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.checks.advice import check_searchable, warnings
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import dump_recipe, load_recipe, resolve_path
@@ -444,7 +444,7 @@ def test_every_recipe_passes_the_doctor_on_its_layouts(tmp_path, monkeypatch, na
     recipe = load_recipe(folder / f"{name}.yaml", () if name == "quickstart" else TINY)
     specs = [plain(spec) for spec in named_sets(recipe).values()]
     for benchmark, path in {(spec.name, spec.path) for spec in specs if isinstance(spec, BenchmarkSet)}:
-        per_class = 4 if len(load_facts(benchmark).classes) <= 110 else 1
+        per_class = 4 if len(BENCHMARKS[benchmark].classes) <= 110 else 1
         make_layout(benchmark, Path(resolve_path(folder, path)), per_class=per_class)
     for tree in {spec.path for spec in specs if isinstance(spec, FolderSet)}:
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}

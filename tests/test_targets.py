@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from test_loop import CPU, clip_and_heads, largest_difference, unit
 from tiny import make_tiny_clip
 
-from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.cache import MARKER, list_entries
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
 from carft_ray.model.heads import build_heads, cached_heads
 from carft_ray.model.prompts import templates
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fine_tuning import PromptsConfig, TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
@@ -225,7 +225,7 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
 def test_templates_are_those_of_the_benchmark_that_is_named():
     mine = ("a {}", "the {}")
     assert templates(PromptsConfig(templates=mine), ()) == mine
-    assert templates(PromptsConfig(templates="dtd"), ()) == load_facts("dtd").templates
+    assert templates(PromptsConfig(templates="dtd"), ()) == BENCHMARKS["dtd"].templates
     assert templates(PromptsConfig(templates="imagenet"), ()) == templates(PromptsConfig(templates="openai"), ())
 
 

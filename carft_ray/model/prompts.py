@@ -2,7 +2,6 @@
 
 import open_clip
 
-from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.schema.fine_tuning import PromptsConfig
 
@@ -16,7 +15,7 @@ def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tup
     if not isinstance(prompts.templates, str):
         return prompts.templates
     if prompts.templates in BENCHMARKS:
-        return load_facts(prompts.templates).templates or ()
+        return BENCHMARKS[prompts.templates].templates
     if prompts.templates == "sandbox":
         return sandbox_templates
     named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.benchmarks.facts import Facts
 from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
+from carft_ray.recipe.benchmarks import Benchmark
 from carft_ray.untrusted import parse_json, read_regular, read_text
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
@@ -118,7 +118,7 @@ def unreadable_list(path: Path, error: Exception) -> DataError:
     return DataError(Problem(str(path), "must be the file that the benchmark comes with", cause, next_step=STEP))
 
 
-def by_number(label: Any, first: int, facts: Facts, path: Path, image: str) -> str:
+def by_number(label: Any, first: int, facts: Benchmark, path: Path, image: str) -> str:
     """Returns the class of a numbered label.
 
     Args:

@@ -1,7 +1,7 @@
 """How the images of each benchmark are listed: ImageNet and its test sets, DomainBed, WILDS, torchvision's and CIFAR.
 
-Each function is named in ``layouts.toml``. It gets the root of the set, the set, what is known of it, and its place in
-the recipe.
+The record of a set (``recipe.benchmarks``) names its function, which gets the root of the set, the set, the record, and
+the set's place in the recipe.
 
 - ImageNet and its test sets are trees of class folders named by wnid; ObjectNet's folders have their own names.
 - DomainBed's sets are ``root/domain/class/*``, with DomainBed's own split of every domain into 80 % and 20 %.
@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from carft_ray.data.benchmarks import layouts
-from carft_ray.data.benchmarks.facts import Facts
 from carft_ray.data.listing import Listing, image_table
 from carft_ray.data.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.benchmarks import Benchmark
 from carft_ray.recipe.schema.sets import BenchmarkSet
 from carft_ray.words import counted
 
@@ -39,12 +39,12 @@ BACKGROUND = "BACKGROUND_Google"  # Caltech-101: no class
 SIDE = 32  # pixels of CIFAR
 
 
-def class_tree(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def class_tree(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``root/class/*``."""
     return layouts.listing_of(root, layouts.tree_rows(root))
 
 
-def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def imagenet(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``train/wnid/*`` or ``val/wnid/*``; a flat ``val/*`` by the devkit's ground truth next to it."""
     rows = layouts.tree_rows(root, str(spec.split))
     images = layouts.images_in(root / "val") if spec.split == "val" and not rows else []
@@ -67,14 +67,14 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     return layouts.listing_of(root, rows)
 
 
-def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def objectnet(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists the folders that ObjectNet shares with ImageNet; the others are left out. The red frame is cut off."""
     known = set(facts.classes)
     listing = layouts.listing_of(root, [row for row in layouts.tree_rows(root) if row[1] in known])
     return replace(listing, frame=BORDER)
 
 
-def domainbed(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def domainbed(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists the domains of a set, or the ``in`` or ``out`` part of each."""
     rows: list[layouts.Row] = []
     classes: set[str] = set()
@@ -82,15 +82,15 @@ def domainbed(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listi
         found = layouts.tree_rows(root, domain)
         classes |= {name for _, name in found}
         if spec.split is not None:
-            held_out = holdout(len(found), spec.trial_seed, facts.domains.index(domain) if facts.domains else 0)
+            held_out = holdout(len(found), spec.trial_seed, facts.domains.index(domain))
             found = [row for i, row in enumerate(found) if (i in held_out) == (spec.split == "out")]
         rows += found
     return replace(layouts.listing_of(root, rows), found=tuple(sorted(classes)))  # a fifth may lack some
 
 
-def chosen_domains(spec: BenchmarkSet, facts: Facts) -> tuple[str, ...]:
+def chosen_domains(spec: BenchmarkSet, facts: Benchmark) -> tuple[str, ...]:
     """Returns the domains that a set names; all where it names none."""
-    return spec.domains or tuple(facts.domains or ())
+    return spec.domains or facts.domains
 
 
 def holdout(num_images: int, trial_seed: int, environment: int) -> set[int]:
@@ -111,7 +111,7 @@ def holdout(num_images: int, trial_seed: int, environment: int) -> set[int]:
     return set(order[: int(num_images * HOLDOUT)])
 
 
-def fmow(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def fmow(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``images/rgb_img_<row>.png``: rows of the table, counted from 0 with the sequestered ones."""
     table = _columns(root / "rgb_metadata.csv", "split", "category", "timestamp")
     rows: list[layouts.Row] = []
@@ -124,7 +124,7 @@ def fmow(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     return layouts.listed(root, rows, place)
 
 
-def iwildcam(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def iwildcam(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``train/<filename>``, which holds the images of all splits."""
     path = root / TABLE
     table = zip(*_columns(path, "split", "filename", "y"), strict=True)
@@ -134,7 +134,7 @@ def iwildcam(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     return layouts.listed(root, rows, place)
 
 
-def camelyon17(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def camelyon17(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``patches/patient_P_node_N/patch_patient_P_node_N_x_X_y_Y.png``."""
     path = root / TABLE
     rows: list[layouts.Row] = []
@@ -161,7 +161,7 @@ def _columns(path: Path, *names: str) -> list[list[str]]:
     return [table[name].to_pylist() for name in names]
 
 
-def flowers102(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def flowers102(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``jpg/image_00001.jpg`` by ``setid.mat`` and ``imagelabels.mat``."""
     labels_path = root / "imagelabels.mat"
     key = {"train": "trnid", "val": "valid", "test": "tstid"}[str(spec.split)]
@@ -174,14 +174,14 @@ def flowers102(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
     return layouts.listed(root, rows, place)
 
 
-def fgvc_aircraft(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def fgvc_aircraft(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``images/0034309.jpg`` by ``images_variant_<split>.txt``."""
     path = root / f"images_variant_{spec.split}.txt"
     lines = [layouts.fields(line, 2, path) for line in layouts.read_lines(path)]
     return layouts.listed(root, [(f"images/{image}.jpg", variant) for image, variant in lines], place)
 
 
-def stanford_cars(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def stanford_cars(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``cars_<split>/00001.jpg`` by the annotations of the devkit."""
     own = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     path = root / own[str(spec.split)]
@@ -193,21 +193,21 @@ def stanford_cars(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> L
     return layouts.listed(root, rows, place)
 
 
-def food101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def food101(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``images/<class>/<number>.jpg`` by ``meta/<split>.json``."""
     lists = layouts.read_json_list(root / "meta" / f"{spec.split}.json")
     rows = [(f"images/{image}.jpg", name) for name, images in lists.items() for image in images]
     return layouts.listed(root, rows, place)
 
 
-def dtd(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def dtd(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``images/<class>/*`` by ``labels/<split>1.txt``."""
     path = root / "labels" / f"{spec.split}{PARTITION}.txt"
     rows = [(f"images/{line}", layouts.fields(line, 2, path, "/")[0]) for line in layouts.read_lines(path)]
     return layouts.listed(root, rows, place)
 
 
-def sun397(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def sun397(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``<letter>/<class>/*``, where a class may be two folders, or what the first partition's file names."""
     if spec.split is not None:
         path = root / f"{'Training' if spec.split == 'train' else 'Testing'}_{PARTITION:02d}.txt"
@@ -225,7 +225,7 @@ def _sun_class(name: str) -> str:
     return "/".join(name.split("/")[1:-1])
 
 
-def oxford_pets(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def oxford_pets(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``images/<breed>_<number>.jpg`` by ``annotations/<split>.txt``."""
     path = root / "annotations" / f"{spec.split}.txt"
     lines = [layouts.fields(line, 2, path) for line in layouts.read_lines(path)]
@@ -233,23 +233,23 @@ def oxford_pets(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Lis
     return layouts.listed(root, rows, place)
 
 
-def caltech101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def caltech101(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``<class>/image_0001.jpg``; the background is no class."""
     return layouts.listing_of(root, [row for row in layouts.tree_rows(root) if row[1] != BACKGROUND])
 
 
-def cifar10(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def cifar10(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``data_batch_1.bin`` to ``data_batch_5.bin``, or ``test_batch.bin``."""
     files = [f"data_batch_{i}" for i in range(1, 6)] if spec.split == "train" else ["test_batch"]
     return _cifar(root, files, 1, facts)
 
 
-def cifar100(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
+def cifar100(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
     """Lists ``train.bin`` or ``test.bin``, with the fine labels."""
     return _cifar(root, [str(spec.split)], 2, facts)
 
 
-def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts) -> Listing:
+def _cifar(root: Path, files: list[str], label_bytes: int, facts: Benchmark) -> Listing:
     """Lists the rows of files: the labels, the fine one last, then the red, green and blue plane."""
     row_bytes = label_bytes + 3 * SIDE * SIDE
     labels = {name: _cifar_labels(root / f"{name}.bin", row_bytes, label_bytes - 1) for name in files}

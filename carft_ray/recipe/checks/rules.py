@@ -21,7 +21,7 @@ from carft_ray.recipe.space.enqueue import enqueue_findings
 from carft_ray.recipe.text import KeyPath
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
-TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
+TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.templates))
 
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
@@ -87,12 +87,12 @@ def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
         yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
         return
     if spec.split is None and known.needs_split:
-        yield Finding(key, f"is required for {spec.name}", allowed=tuple(known.splits))
+        yield Finding(key, f"is required for {spec.name}", allowed=known.splits)
     elif spec.split is not None and not known.splits:
         yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split))
     elif spec.split is not None and spec.split not in known.splits:
         yield unlisted(key, f"must be a split of {spec.name}", spec.split, known.splits)
-    if spec.domains is not None and not known.has_domains:
+    if spec.domains is not None and not known.domains:
         rule = f"must be left out: {spec.name} has no domains"
         yield Finding((*path, "domains"), rule, shown(list(spec.domains)))
     if known.only_tests and path[1] not in ("id_test", "ood_test"):
