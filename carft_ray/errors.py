@@ -7,7 +7,7 @@ with which Ray moves them between processes.
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 _IS_RULE = re.compile(r"\b(must|needs?|should|may|can|cannot|takes)\b")
 
@@ -25,6 +25,7 @@ class Problem:
         allowed: The values that would do, when they can be listed.
         nearest: The allowed value that is most similar to the given one.
         next_step: What to do now.
+        path: Of a recipe's value, its key path, by which its file and line are found; no part of the message.
     """
 
     place: str
@@ -33,6 +34,7 @@ class Problem:
     allowed: tuple[str, ...] = ()
     nearest: str | None = None
     next_step: str = ""
+    path: tuple[str | int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         text = f"{self.place}: {self.rule}" if self.place else self.rule

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
 from carft_ray.recipe.checks.rules import broken_rules
-from carft_ray.recipe.messages import Finding, findings, shown
+from carft_ray.recipe.messages import at, problems_in, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema.fields import Config, Paths
 from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR
@@ -98,15 +98,14 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
-        raise RecipeError([finding.at(places.place(finding.path)) for finding in unwritable])
+        raise RecipeError(places.placed(unwritable))
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(raw, context=Paths(partial(resolve_path, base_dir), reads))
         found = broken_rules(recipe)
     except ValidationError as error:
-        found = findings(error)
-    found.sort(key=lambda finding: places.order(finding.path))
-    problems = [finding.at(places.place(finding.path)) for finding in found] + problems
+        found = problems_in(error)
+    problems = places.placed(found) + problems
     if problems or recipe is None:
         raise RecipeError(problems)
     if not own_functions(recipe) or recipe.train.function_dir is not None:
@@ -131,8 +130,8 @@ def _read(path: Path) -> str:
         raise RecipeError(Problem(place, "must be readable", error.strerror or str(error))) from None
 
 
-def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
-    """Yields a finding for each text that no file and no path can hold: with NUL, or half of a surrogate pair."""
+def _unwritable(value: Any, path: KeyPath) -> Iterator[Problem]:
+    """Yields a problem for each text that no file and no path can hold: with NUL, or half of a surrogate pair."""
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _unwritable(key, path)
@@ -141,9 +140,8 @@ def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
         for index, child in enumerate(value):
             yield from _unwritable(child, (*path, index))
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        yield Finding(
-            path, "must be text without NUL characters and without unpaired surrogates", visible(shown(value))
-        )
+        rule = "must be text without NUL characters and without unpaired surrogates"
+        yield at(path, rule, visible(shown(value)))
 
 
 def resolve_path(base_dir: Path, written: str) -> str:

@@ -1,19 +1,19 @@
 """From what pydantic finds to words for users: key paths without pydantic's own pieces, rules as sentences.
 
-A *finding* is a problem whose place is still a key path; ``loading`` adds file and line.
+The place of these problems is a key path; ``loading`` adds file and line.
 """
 
 import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.schema.fields import core_type, field_of, is_config, members
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import KeyPath, dotted
 
@@ -53,25 +53,16 @@ _RULES = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A broken rule at a key path.
-
-    Attributes:
-        path: The key path of the value that breaks the rule.
-        rule: As in ``Problem``, and so are the others.
-    """
-
-    path: KeyPath
-    rule: str
-    value: str = ""
-    allowed: tuple[str, ...] = ()
-    nearest: str | None = None
-    next_step: str = ""
-
-    def at(self, place: str) -> Problem:
-        """Returns the problem, with ``place`` in the words of the user."""
-        return Problem(place, self.rule, self.value, self.allowed, self.nearest, self.next_step)
+def at(
+    path: KeyPath,
+    rule: str,
+    value: str = "",
+    allowed: tuple[str, ...] = (),
+    nearest: str | None = None,
+    next_step: str = "",
+) -> Problem:
+    """Returns a problem of the value at a key path; the others as in ``Problem``."""
+    return Problem(dotted(path), rule, value, allowed, nearest, next_step, path)
 
 
 def shown(value: Any) -> str:
@@ -82,13 +73,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def unlisted(path: KeyPath, rule: str, value: Any, allowed: Iterable[Any]) -> Finding:
-    """Returns the finding that a value is none of those allowed, with the nearest of them."""
+def unlisted(path: KeyPath, rule: str, value: Any, allowed: Iterable[Any]) -> Problem:
+    """Returns the problem that a value is none of those allowed, with the nearest of them."""
     words = tuple(one if isinstance(one, str) else shown(one) for one in allowed)
-    return Finding(path, rule, shown(value), words, nearest(str(value), words))
+    return at(path, rule, shown(value), words, nearest(str(value), words))
 
 
-def findings(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -> list[Finding]:
+def problems_in(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -> list[Problem]:
     """Translates what pydantic found.
 
     Args:
@@ -96,8 +87,16 @@ def findings(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -
         root: The type that was validated.
         prefix: Key path of the validated value inside the recipe.
     """
-    found = [_finding(details, root) for details in error.errors(include_url=False) if not _is_echo(details)]
-    return [replace(finding, path=(*prefix, *finding.path)) for finding in found]
+    return [_problem(each, root, prefix) for each in error.errors(include_url=False) if not _is_echo(each)]
+
+
+def train_problems(values: Mapping[str, Any], prefix: KeyPath) -> list[Problem]:
+    """Checks values of fields of ``train``; the key paths of the problems are ``prefix`` and the field."""
+    try:
+        TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        return problems_in(error, TrainConfig, prefix)
+    return []
 
 
 def _is_echo(details: Mapping[str, Any]) -> bool:
@@ -105,16 +104,16 @@ def _is_echo(details: Mapping[str, Any]) -> bool:
     return details["type"] == "too_short" and bool(len(details["input"]) >= details["ctx"]["min_length"])
 
 
-def _finding(details: Mapping[str, Any], root: Any) -> Finding:
-    path, holder, kind = _follow(details["loc"], root)
+def _problem(details: Mapping[str, Any], root: Any, prefix: KeyPath) -> Problem:
+    path, holder, kind = _follow(details["loc"], root, prefix)
     what, context, value = details["type"], details.get("ctx", {}), shown(details["input"])
     limits = {key: int(limit) if limit in (0, 1) else limit for key, limit in context.items()}
     rule = _RULES.get(what, "has a form that is not allowed").format(**limits)
     if what == "missing":
-        return Finding(path, rule)
+        return at(path, rule)
     if what == "extra_forbidden":
         allowed = keys_of(holder) or ()
-        return Finding(path, rule, allowed=allowed, nearest=nearest_key(str(path[-1]), allowed))
+        return at(path, rule, allowed=allowed, nearest=nearest_key(str(path[-1]), allowed))
     if what == "literal_error":
         return unlisted(path, rule, details["input"], get_args(core_type(kind)))
     if what in ("union_tag_invalid", "union_tag_not_found"):
@@ -122,25 +121,24 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         allowed = tuple(str(tag) for member in members(kind) for tag in get_args(_annotation(member, key)))
         given = details["input"].get(key) if what == "union_tag_invalid" else None
         text = "" if given is None else shown(given)
-        return Finding((*path, key), rule, text, allowed, nearest(str(given), allowed))
+        return at((*path, key), rule, text, allowed, nearest(str(given), allowed))
     if what == "too_short":
         least = context["min_length"]
-        return Finding(path, "must not be empty" if least == 1 else f"must contain at least {least} values", value)
+        return at(path, "must not be empty" if least == 1 else f"must contain at least {least} values", value)
     if what == "string_pattern_mismatch":
         if context["pattern"].startswith("^[^"):
-            return Finding(path, "must be the name of a folder, not a path", value)
+            return at(path, "must be the name of a folder, not a path", value)
         rule = "a name must begin with a letter or digit and hold only letters, digits, _ and -, at most 100"
-        return Finding(path, rule, value)
+        return at(path, rule, value)
     if what == "value_error":
         rule = str(context["error"])
-        return Finding(path, rule, "" if "but got" in rule else value)
+        return at(path, rule, "" if "but got" in rule else value)
     step = "Write it in quotes." if what == "string_type" and isinstance(details["input"], int | float) else ""
-    return Finding(path, rule, value, next_step=step)
+    return at(path, rule, value, next_step=step)
 
 
-def _follow(loc: KeyPath, root: Any) -> tuple[KeyPath, Any, Any]:
+def _follow(loc: KeyPath, root: Any, path: KeyPath) -> tuple[KeyPath, Any, Any]:
     """Walks a location of pydantic; returns the key path in the file, the type that holds its end, the type there."""
-    path: KeyPath = ()
     holder, kind = None, core_type(root)
     for piece in loc:
         if piece == "[key]":

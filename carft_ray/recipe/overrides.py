@@ -1,7 +1,7 @@
 """Values set over a recipe on the command line: ``--set train.learning_rate=1e-4``."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, get_args, get_origin
@@ -27,7 +27,12 @@ class Places:
     lines: dict[KeyPath, int]
     options: dict[KeyPath, str] = field(default_factory=dict)
 
-    def place(self, path: KeyPath) -> str:
+    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Returns problems of key paths by line of the file, then by option; their places in the words of the user."""
+        ordered = sorted(problems, key=lambda problem: self._order(problem.path))
+        return [replace(problem, place=self._place(problem.path)) for problem in ordered]
+
+    def _place(self, path: KeyPath) -> str:
         """Returns the words for a key path: ``file.yaml:12: train.epochs`` or ``--set train.epochs=0``."""
         known = self._known(path)
         if known in self.options:
@@ -36,8 +41,7 @@ class Places:
         line = f":{self.lines[known]}" if known in self.lines else ""
         return ": ".join(filter(None, (f"{self.file}{line}", dotted(path))))
 
-    def order(self, path: KeyPath) -> tuple[int, int]:
-        """Sorts problems: by line of the file, then by option."""
+    def _order(self, path: KeyPath) -> tuple[int, int]:
         known = self._known(path)
         if known in self.options:
             return 1, list(self.options).index(known)

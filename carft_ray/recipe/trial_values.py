@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from carft_ray.errors import RecipeError
-from carft_ray.recipe.checks.rules import train_findings
+from carft_ray.recipe.messages import problems_in
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.conditions import in_order, is_active
-from carft_ray.recipe.text import dotted
 
 
 def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -24,9 +25,11 @@ def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         RecipeError: A name is no field of ``train``, or a value breaks its rule.
     """
     merged = {**recipe.train.model_dump(), **values}
-    if found := train_findings(merged, ("train",)):
-        raise RecipeError([finding.at(dotted(finding.path)) for finding in found])
-    return recipe.model_copy(update={"train": TrainConfig.model_validate(merged)})
+    try:
+        train = TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(problems_in(error, TrainConfig, ("train",))) from None
+    return recipe.model_copy(update={"train": train})
 
 
 def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:

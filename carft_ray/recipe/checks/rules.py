@@ -1,49 +1,47 @@
 """Rules that read more than one key of a recipe."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
-from carft_ray.errors import nearest
+from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.checks.sampler_rules import sampler_findings
-from carft_ray.recipe.messages import Finding, findings, nearest_key, shown, unlisted
+from carft_ray.recipe.checks.sampler_rules import sampler_problems
+from carft_ray.recipe.messages import at, nearest_key, shown, train_problems, unlisted
 from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema.fields import core_type
 from carft_ray.recipe.schema.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
 from carft_ray.recipe.schema.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
-from carft_ray.recipe.space.conditions import condition_findings
-from carft_ray.recipe.space.enqueue import enqueue_findings
+from carft_ray.recipe.space.conditions import condition_problems
+from carft_ray.recipe.space.enqueue import enqueue_problems
 from carft_ray.recipe.text import KeyPath
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.templates))
 
 
-def broken_rules(recipe: Recipe) -> list[Finding]:
+def broken_rules(recipe: Recipe) -> list[Problem]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
         *(_model, _sets, _classes, _prompts, _space, _alpha, _baselines, _constraints),
-        *(_pruner, _resources, condition_findings, enqueue_findings, sampler_findings),
+        *(_pruner, _resources, condition_problems, enqueue_problems, sampler_problems),
     )
-    return [finding for rule in rules for finding in rule(recipe)]
+    return [problem for rule in rules for problem in rule(recipe)]
 
 
-def _model(recipe: Recipe) -> Iterator[Finding]:
+def _model(recipe: Recipe) -> Iterator[Problem]:
     name, pretrained = recipe.model.name, recipe.model.pretrained
     path = ("model", "pretrained")
     if name == "sandbox" and pretrained is not None:
         rule = "must be left out for the sandbox, which has its own weights"
         step = "Remove it, or give the model that it belongs to as model.name."
-        yield Finding(path, rule, shown(pretrained), next_step=step)
+        yield at(path, rule, shown(pretrained), next_step=step)
     if name != "sandbox" and ":" not in name and pretrained is None:
         rule = f"is required for {name}: the weights to start from"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
-        yield Finding(path, rule, next_step=step)
+        yield at(path, rule, next_step=step)
 
 
 def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
@@ -65,52 +63,52 @@ def benchmark_sets(recipe: Recipe) -> dict[KeyPath, BenchmarkSet]:
     return {path: spec for path, spec in sets.items() if isinstance(spec, BenchmarkSet)}
 
 
-def _sets(recipe: Recipe) -> Iterator[Finding]:
+def _sets(recipe: Recipe) -> Iterator[Problem]:
     for path in named_sets(recipe):
         if len(path) > 2 and path[-1] in ROLES:
-            yield Finding(path, "a set must not have the name of a role")
+            yield at(path, "a set must not have the name of a role")
         elif path[1] == "ood_test" and path[-1] in recipe.data.ood_val:
-            yield Finding(path, "must differ from the names in data.ood_val")
+            yield at(path, "must differ from the names in data.ood_val")
     for path, images in benchmark_sets(recipe).items():
         yield from _benchmark(path, images)
     short_side, path = recipe.data.resize_short_side, ("data", "resize_short_side")
     if short_side is not None and recipe.data.pack == "never":
         rule = "must be left out with pack: never: the smaller images are kept in the cache"
-        yield Finding(path, rule, str(short_side))
+        yield at(path, rule, str(short_side))
 
 
-def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
+def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Problem]:
     key: KeyPath = (*path, "split")
     known = BENCHMARKS.get(spec.name)
     if known is None:
         rule = f"must be the name of a benchmark: {', '.join(BENCHMARKS)}"
-        yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
+        yield at((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
         return
     if spec.split is None and known.needs_split:
-        yield Finding(key, f"is required for {spec.name}", allowed=known.splits)
+        yield at(key, f"is required for {spec.name}", allowed=known.splits)
     elif spec.split is not None and not known.splits:
-        yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split))
+        yield at(key, f"must be left out: {spec.name} has no splits", shown(spec.split))
     elif spec.split is not None and spec.split not in known.splits:
         yield unlisted(key, f"must be a split of {spec.name}", spec.split, known.splits)
     if spec.domains is not None and not known.domains:
         rule = f"must be left out: {spec.name} has no domains"
-        yield Finding((*path, "domains"), rule, shown(list(spec.domains)))
+        yield at((*path, "domains"), rule, shown(list(spec.domains)))
     if known.only_tests and path[1] not in ("id_test", "ood_test"):
         rule = f"{spec.name} must have a test role: {known.only_tests}"
-        yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
+        yield at((*path, "name"), rule, next_step="Move it to data.ood_test.")
 
 
-def _classes(recipe: Recipe) -> Iterator[Finding]:
+def _classes(recipe: Recipe) -> Iterator[Problem]:
     classes, words, path = recipe.data.classes, recipe.prompts.class_names, ("prompts", "class_names")
     if isinstance(words, str):
         if words not in BENCHMARKS:
             yield unlisted(path, CLASS_NAMES_RULE, words, BENCHMARKS)
     elif classes is not None and words is not None and len(classes) != len(words):
         rule = f"must contain one text per class of data.classes ({len(classes)})"
-        yield Finding(path, rule, str(len(words)))
+        yield at(path, rule, str(len(words)))
 
 
-def _prompts(recipe: Recipe) -> Iterator[Finding]:
+def _prompts(recipe: Recipe) -> Iterator[Problem]:
     templates, path = recipe.prompts.templates, ("prompts", "templates")
     if isinstance(templates, str):
         if templates not in TEMPLATE_SETS:
@@ -118,13 +116,13 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
             yield replace(unlisted(path, TEMPLATES_RULE, templates, TEMPLATE_SETS), next_step=step)
         return
     if not templates:
-        yield Finding(path, "must not be empty", "[]")
+        yield at(path, "must not be empty", "[]")
     for index, template in enumerate(templates):
         rest = template.replace("{}", "", 1)
         if rest == template or "{" in rest or "}" in rest:
-            yield Finding((*path, index), "must contain {} once, for the class, and no other brace", shown(template))
+            yield at((*path, index), "must contain {} once, for the class, and no other brace", shown(template))
         elif template in templates[:index]:
-            yield Finding((*path, index), "must not repeat an earlier template", shown(template))
+            yield at((*path, index), "must not repeat an earlier template", shown(template))
 
 
 def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
@@ -134,76 +132,68 @@ def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
     return {("low",): parameter.low, ("high",): parameter.high}
 
 
-def train_findings(values: Mapping[str, Any], prefix: KeyPath) -> list[Finding]:
-    """Checks values of fields of ``train``; paths of the findings are ``prefix`` and the field."""
-    try:
-        TrainConfig.model_validate(dict(values))
-    except ValidationError as error:
-        return findings(error, TrainConfig, prefix)
-    return []
-
-
-def _space(recipe: Recipe) -> Iterator[Finding]:
+def _space(recipe: Recipe) -> Iterator[Problem]:
     for name, parameter in recipe.search.space.items():
         path = ("search", "space", name)
         if name in NOT_SEARCHABLE:
-            yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
+            yield at(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
         elif name not in SEARCHABLE:
             near = nearest_key(name.removeprefix("train."), SEARCHABLE)
-            yield Finding(path, "must be a field of train", shown(name), SEARCHABLE, near)
+            yield at(path, "must be a field of train", shown(name), SEARCHABLE, near)
         else:
             yield from _parameter(path, name, parameter)
 
 
-def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Finding]:
+def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Problem]:
     kind = field_kind(name)
     if kind in (bool, str) and not isinstance(parameter, CategoricalParameter):
         words = ("true", "false") if kind is bool else get_args(core_type(TrainConfig.model_fields[name].annotation))
         step = f"Write {name}: {{choices: [{', '.join(words)}]}}."
-        yield Finding(path, f"{name} is not a number and needs choices", parameter.type, next_step=step)
+        yield at(path, f"{name} is not a number and needs choices", parameter.type, next_step=step)
     elif kind is int and not isinstance(parameter, CategoricalParameter | IntParameter):
         step = "Write type: int, or leave the type out."
-        yield Finding(path, f"{name} takes whole numbers only", f"type {parameter.type}", next_step=step)
+        yield at(path, f"{name} takes whole numbers only", f"type {parameter.type}", next_step=step)
     else:
         for key, value in _ends(parameter).items():
-            for found in train_findings({name: value}, ()):
-                yield replace(found, path=(*path, *key), rule=f"train.{name} {found.rule}")
+            for found in train_problems({name: value}, ()):
+                rule = f"train.{name} {found.rule}"
+                yield at((*path, *key), rule, found.value, found.allowed, found.nearest, found.next_step)
 
 
-def _alpha(recipe: Recipe) -> Iterator[Finding]:
+def _alpha(recipe: Recipe) -> Iterator[Problem]:
     search = recipe.search
     path, mode, kind = ("search", "space", "alpha"), ("search", "alpha", "mode"), ("search", "objective", "kind")
     parameter, lowest = search.space.get("alpha"), search.alpha.lowest
     add, profile = f"search.space.alpha: {{low: {lowest}, high: 1}}", search.alpha.mode == "profile"
     if search.objective.kind == "pareto" and not recipe.data.ood_val:
         step = "Add a set to data.ood_val, or choose another kind."
-        yield Finding(kind, "pareto needs an OOD validation set", next_step=step)
+        yield at(kind, "pareto needs an OOD validation set", next_step=step)
     if not search.space:  # it searches nothing
         return
     if search.objective.kind == "pareto" and profile:
         step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
-        yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step)
+        yield at(kind, "pareto needs alpha as a parameter of the space", next_step=step)
         return
     if profile == (parameter is not None):
         step = f"With sample, add {add}; with profile, remove it: every trial tries the whole curve."
         rule = "must be sample if alpha is in search.space, else profile"
-        yield Finding(mode, rule, search.alpha.mode, next_step=step)
+        yield at(mode, rule, search.alpha.mode, next_step=step)
     for key, value in (_ends(parameter) if parameter else {}).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
             rule = f"must be at least search.alpha.lowest, {lowest}"
             step = "alpha near 0 is the zero-shot model, which is a baseline, not a trial."
-            yield Finding((*path, *key), rule, shown(value), next_step=step)
+            yield at((*path, *key), rule, shown(value), next_step=step)
 
 
-def _baselines(recipe: Recipe) -> Iterator[Finding]:
+def _baselines(recipe: Recipe) -> Iterator[Problem]:
     for name, values in recipe.search.baselines.items():
         path = ("search", "baselines", name)
         if name == "zero_shot":
-            yield Finding(path, "must have another name: zero_shot is always shown, without training")
-        yield from train_findings(values, path)
+            yield at(path, "must have another name: zero_shot is always shown, without training")
+        yield from train_problems(values, path)
 
 
-def _constraints(recipe: Recipe) -> Iterator[Finding]:
+def _constraints(recipe: Recipe) -> Iterator[Problem]:
     allowed = ("zero_shot", *recipe.search.baselines)
     for name in recipe.search.constraints.id_drop:
         if name not in allowed:
@@ -211,26 +201,26 @@ def _constraints(recipe: Recipe) -> Iterator[Finding]:
             yield unlisted(path, "must be zero_shot or a name of search.baselines", name, allowed)
 
 
-def _pruner(recipe: Recipe) -> Iterator[Finding]:
+def _pruner(recipe: Recipe) -> Iterator[Problem]:
     """A pruner that could cut nothing, however the trials are drawn."""
     pruner = recipe.search.pruner
     if pruner.name != "none" and not can_cut(recipe):
         rule = "needs an intermediate value between search.pruner.first and the last epoch of a training"
         step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
-        yield Finding(("search", "pruner", "name"), rule, pruner.name, next_step=step)
+        yield at(("search", "pruner", "name"), rule, pruner.name, next_step=step)
 
 
-def _resources(recipe: Recipe) -> Iterator[Finding]:
+def _resources(recipe: Recipe) -> Iterator[Problem]:
     executor, workers = recipe.resources.executor, recipe.resources.num_workers
     gpus = recipe.resources.gpus_per_worker or 0.0
     num_workers, path = ("resources", "num_workers"), ("resources", "gpus_per_worker")
     if executor in ("inline", "debug") and workers > 1:
         step = "Write executor: ray-train, or leave the executor out."
-        yield Finding(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step)
+        yield at(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step)
     if recipe.resources.accelerator is not None and recipe.resources.gpus_per_worker == 0:
         kind = ("resources", "accelerator")
-        yield Finding(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator)
+        yield at(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator)
     if gpus != int(gpus) and (gpus > 1 or workers > 1):
         step = "Write 1, or with num_workers: 1 a share of one GPU, such as 0.5."
         rule = "must be a whole number above 1, and with several workers"
-        yield Finding(path, rule, shown(gpus), next_step=step)
+        yield at(path, rule, shown(gpus), next_step=step)

@@ -5,7 +5,8 @@ The verdicts were read in Optuna 5.0 and are held by a test each. ``study/propos
 
 from collections.abc import Iterator
 
-from carft_ray.recipe.messages import Finding
+from carft_ray.errors import Problem
+from carft_ray.recipe.messages import at
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import NsgaSampler, QmcSampler
 from carft_ray.recipe.space.grid import grid_size, num_values
@@ -28,16 +29,16 @@ def startup_trials(recipe: Recipe) -> int:
     return getattr(recipe.search.sampler, "startup_trials", None) or max(4, recipe.search.trials // 4)
 
 
-def sampler_findings(recipe: Recipe) -> Iterator[Finding]:
+def sampler_problems(recipe: Recipe) -> Iterator[Problem]:
     """Finds too many random trials, and parameters without a step for the grid."""
     sampler, trials = recipe.search.sampler, recipe.search.trials
     startup = getattr(sampler, "startup_trials", None)
     if startup is not None and startup > trials:
-        yield Finding(("search", "sampler", "startup_trials"), f"must be at most search.trials, {trials}", str(startup))
+        yield at(("search", "sampler", "startup_trials"), f"must be at most search.trials, {trials}", str(startup))
     for name, parameter in recipe.search.space.items():
         if sampler.name == "grid" and num_values(parameter) is None:
             step = f"Give {name} a step, or choices: [...], or another sampler than grid."
-            yield Finding(("search", "space", name), "must have a step for the grid", next_step=step)
+            yield at(("search", "space", name), "must have a step for the grid", next_step=step)
 
 
 def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from carft_ray.recipe.messages import Finding, unlisted
+from carft_ray.errors import Problem
+from carft_ray.recipe.messages import at, unlisted
 from carft_ray.recipe.schema.parameters import CategoricalParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import KeyPath
@@ -44,26 +45,26 @@ def active_values(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> 
     return active
 
 
-def condition_findings(recipe: Recipe) -> Iterator[Finding]:
+def condition_problems(recipe: Recipe) -> Iterator[Problem]:
     """Finds conditions that cannot hold: on no parameter, on a number, on a value that is no choice, in a circle."""
     space = recipe.search.space
     for name, parameter in space.items():
         path: KeyPath = ("search", "space", name, "when")
         if name == "alpha" and parameter.when:
             step = "Trials without an alpha of their own would take the best of their curve, which is not comparable."
-            yield Finding(path, "alpha must be drawn in every trial", next_step=step)
+            yield at(path, "alpha must be drawn in every trial", next_step=step)
         for other, allowed in parameter.when.items():
             yield from _condition((*path, other), name, other, allowed, space)
     try:
         in_order(space)
     except CycleError as error:
         circle = error.args[1][::-1]  # from a parameter along its conditions
-        yield Finding(("search", "space", circle[0], "when"), "conditions must not form a cycle", " -> ".join(circle))
+        yield at(("search", "space", circle[0], "when"), "conditions must not form a cycle", " -> ".join(circle))
 
 
 def _condition(
     path: KeyPath, name: str, other: str, allowed: tuple[Any, ...], space: Mapping[str, Parameter]
-) -> Iterator[Finding]:
+) -> Iterator[Problem]:
     parents = tuple(key for key, each in space.items() if isinstance(each, CategoricalParameter) and key != name)
     parent = space.get(other)
     if not isinstance(parent, CategoricalParameter):

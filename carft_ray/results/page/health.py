@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from carft_ray.recipe.checks.rules import train_findings
+from carft_ray.recipe.messages import train_problems
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.place import named
@@ -66,7 +66,7 @@ def _ends(view: Overview, document: Document) -> list[tuple[str, str, str]]:
             continue
         end, which, sign = (one["low"], "lower", -1) if place <= NEAR_END else (one["high"], "upper", 1)
         beyond = end + sign * (1 if one["type"] == "int" else 0.01 * (end or 1))
-        if train_findings({name: beyond}, ()) or (name == "alpha" and beyond < search.alpha.lowest):
+        if train_problems({name: beyond}, ()) or (name == "alpha" and beyond < search.alpha.lowest):
             continue
         at = f"the best trial has {name} {value:.3g}, at the {which} end of the space, {end:g}"
         text = f"{at}: the optimum may lie beyond"
