@@ -75,7 +75,7 @@ def _for_editors(node: Any) -> Any:
         return [_for_editors(one) for one in node]
     if not isinstance(node, dict):
         return node
-    node = {name: _for_editors(one) for name, one in node.items() if name not in ("resume", "not_searched")}
+    node = {name: _for_editors(one) for name, one in node.items() if name not in ("resume", "not_searched", "path_in")}
     if "$ref" in node or isinstance(node.get("default"), (dict, list)):
         node.pop("default", None)  # an editor would write it out
     if "patternProperties" in node:

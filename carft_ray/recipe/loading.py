@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from carft_ray.errors import Problem, RecipeError, nearest
+from carft_ray.errors import DataError, Problem, RecipeError, nearest
+from carft_ray.files import is_address
 from carft_ray.recipe import text
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.messages import at, problems_in, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
-from carft_ray.recipe.schema.fields import Config, Paths
-from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR
+from carft_ray.recipe.schema.fields import Config, PathIn, path_in
+from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import KeyPath
 from carft_ray.untrusted import read_text, visible
@@ -31,7 +32,6 @@ MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255  # of Linux
 Part = TypeVar("Part", bound=Config)
 Reads = Callable[[Path], object] | None
 _LISTS = ("class_names", "exclude")  # of the paths of a set, those of lists
-_MARK = "\0"  # no path of a recipe contains it
 
 
 def reads_any(path: Path) -> None:
@@ -44,7 +44,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), reads: Reads = reads_
     Args:
         path: The YAML file.
         overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last.
-        reads: As of ``fields.Paths``.
+        reads: Called before a file of templates is read, which becomes part of the recipe; may refuse it. None: no file
+            is read, because only a recipe of the user's own names them.
 
     Returns:
         The recipe, with absolute paths: relative ones count from the folder of the file.
@@ -99,18 +100,27 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError(places.placed(unwritable))
-    recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate(raw, context=Paths(partial(resolve_path, base_dir), reads))
-        found = broken_rules(recipe)
+        recipe = Recipe.model_validate(raw, context=reads and partial(_template_lines, base_dir, reads))
     except ValidationError as error:
-        found = problems_in(error)
-    problems = places.placed(found) + problems
-    if problems or recipe is None:
+        raise RecipeError(places.placed(problems_in(error)) + problems) from None
+    recipe = _visited(recipe, lambda path, written: resolve_path(base_dir, written, places.place(path)))
+    if problems := places.placed(broken_rules(recipe)) + problems:
         raise RecipeError(problems)
     if not own_functions(recipe) or recipe.train.function_dir is not None:
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"function_dir": str(base_dir)})})
+
+
+def _template_lines(base_dir: Path, reads: Callable[[Path], object], written: str) -> tuple[str, ...]:
+    """Returns the templates in a file that a recipe names."""
+    path = Path(resolve_path(base_dir, written))
+    reads(path)
+    try:
+        return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    except (OSError, DataError) as error:
+        why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        raise ValueError(f"must be a file with one template per line, but got {why}") from error
 
 
 def _read(path: Path) -> str:
@@ -144,7 +154,7 @@ def _unwritable(value: Any, path: KeyPath) -> Iterator[Problem]:
         yield at(path, rule, visible(shown(value)))
 
 
-def resolve_path(base_dir: Path, written: str) -> str:
+def resolve_path(base_dir: Path, written: str, place: str = "a path of the recipe") -> str:
     """Returns a path of a recipe as an absolute one; ``~`` is the user's home.
 
     Raises:
@@ -154,7 +164,7 @@ def resolve_path(base_dir: Path, written: str) -> str:
     encoded = os.fsencode(path)
     if len(encoded) > MOST_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES:
         rule = f"must have at most {MOST_PATH_BYTES:,} bytes, and each name in it {MOST_NAME_BYTES}"
-        raise RecipeError(Problem("a path of the recipe", rule, shown(written)))
+        raise RecipeError(Problem(place, rule, shown(written)))
     return path
 
 
@@ -208,24 +218,46 @@ def paths_by_key(recipe: Recipe) -> dict[str, str]:
 
 def _paths(recipe: Recipe) -> dict[str, str]:
     """Returns the paths of a recipe by key path."""
-    return _marked(with_paths(recipe, lambda written: f"{written}{_MARK}").model_dump(mode="json"), ())
-
-
-def _marked(value: Any, path: KeyPath) -> dict[str, str]:
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: text for name, child in pairs for key, text in _marked(child, (*path, name)).items()}
-    if not (isinstance(value, str) and value.endswith(_MARK)):
-        return {}
-    return {text.dotted(path): value.removesuffix(_MARK).removeprefix(LOCAL_DIR)}
+    found: dict[str, str] = {}
+    _visited(recipe, lambda path, written: found.setdefault(text.dotted(path), written))
+    return found
 
 
 def with_paths(part: Part, change: Callable[[str], Any]) -> Part:
-    """Returns a recipe, or a part of one, with another text for each of its paths (``fields.RecipePath``).
+    """Returns a recipe, or a part of one, with another text for each of its paths (``path_in`` of their fields).
 
     ``change`` may give class names themselves for the path of their list.
     """
-    return type(part).model_validate(part.model_dump(exclude_unset=True), context=Paths(change))
+    return _visited(part, lambda path, written: change(written))
+
+
+def _visited(part: Part, change: Callable[[KeyPath, str], Any], path: KeyPath = ()) -> Part:
+    """Returns a recipe, or a part of one, with what ``change`` gives for the key path and the text of each path."""
+
+    def visited(value: Any, place: KeyPath, kind: PathIn) -> Any:
+        if isinstance(value, Config):
+            return _visited(value, change, place)
+        if isinstance(value, dict):
+            return {key: visited(child, (*place, key), "") for key, child in value.items()}
+        if isinstance(value, tuple) and kind == "study":
+            return tuple(visited(child, (*place, index), kind) for index, child in enumerate(value))
+        start = _start(value, kind) if isinstance(value, str) else None
+        if start is None:
+            return value
+        other = change(place, value[start:])
+        return f"{value[:start]}{other}" if start else other
+
+    old = {name: getattr(part, name) for name in type(part).model_fields}
+    new = {name: visited(old[name], (*path, name), path_in(field)) for name, field in type(part).model_fields.items()}
+    return part.model_copy(update={name: value for name, value in new.items() if value != old[name]})
+
+
+def _start(written: str, kind: PathIn) -> int | None:
+    """Returns where the path begins in a text; None if the text contains none."""
+    if kind == "model":
+        return len(LOCAL_DIR) if written.startswith(LOCAL_DIR) else None
+    is_path = {"path": True, "study": not is_address(written), "weights": is_weights_path(written)}
+    return 0 if is_path.get(kind) else None
 
 
 def own_functions(recipe: Recipe, baselines: bool = True) -> dict[str, str]:

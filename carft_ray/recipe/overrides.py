@@ -30,9 +30,9 @@ class Places:
     def placed(self, problems: Iterable[Problem]) -> list[Problem]:
         """Returns problems of key paths by line of the file, then by option; their places in the words of the user."""
         ordered = sorted(problems, key=lambda problem: self._order(problem.path))
-        return [replace(problem, place=self._place(problem.path)) for problem in ordered]
+        return [replace(problem, place=self.place(problem.path)) for problem in ordered]
 
-    def _place(self, path: KeyPath) -> str:
+    def place(self, path: KeyPath) -> str:
         """Returns the words for a key path: ``file.yaml:12: train.epochs`` or ``--set train.epochs=0``."""
         known = self._known(path)
         if known in self.options:

@@ -1,16 +1,11 @@
 """What the fields of a recipe are made of: their base class, the types of values, and what a field says of its key."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
-
-from carft_ray.files import is_address
 
 
 def seconds_of(value: Any) -> Any:
@@ -39,32 +34,9 @@ Duration = Annotated[PositiveFloat, BeforeValidator(seconds_of, json_schema_inpu
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The context of a validation that changes the paths of a recipe.
-
-    Attributes:
-        change: Gives what stands in place of a path.
-        reads: Called before a file is read that becomes a part of the recipe, and may refuse it; None: no file is
-            read, because only a recipe of the user's own names them.
-    """
-
-    change: Callable[[str], Any]
-    reads: Callable[[Path], object] | None = None
-
-
-def _changed(written: str, info: ValidationInfo) -> Any:
-    return info.context.change(written) if info.context else written
-
-
-def _changed_if_path(written: str, info: ValidationInfo) -> Any:
-    return written if is_address(written) else _changed(written, info)
-
-
-# a text that is a path; and one that is a path or an address
-RecipePath = Annotated[str, AfterValidator(_changed)]
-StudyPlace = Annotated[str, AfterValidator(_changed_if_path)]
 Class = Literal["identity", "space", "running"]
+# a field whose text is a path, or one if it is no address, after ``local-dir:``, or no tag of open_clip
+PathIn = Literal["", "path", "study", "model", "weights"]
 REQUIRED: Any = ...  # in place of a default
 
 
@@ -91,7 +63,7 @@ class Resume(NamedTuple):
     why: str
 
 
-def key(default: T, example: Any, resume: Resume, not_searched: str = "") -> T:
+def key(default: T, example: Any, resume: Resume, not_searched: str = "", path_in: PathIn = "") -> T:
     """Makes a field.
 
     Args:
@@ -99,8 +71,9 @@ def key(default: T, example: Any, resume: Resume, not_searched: str = "") -> T:
         example: A value, as a recipe has it.
         resume: Whether it may change when a study is resumed.
         not_searched: Of a field of ``train``: why no search space may have it.
+        path_in: Which of its texts, or of those in its list, are or contain a path.
     """
-    said: dict[str, Any] = {"resume": resume, "not_searched": not_searched}
+    said: dict[str, Any] = {"resume": resume, "not_searched": not_searched, "path_in": path_in}
     field: T = Field(default, examples=[example], json_schema_extra=said)
     return field
 
@@ -113,6 +86,11 @@ def resume_of(field: FieldInfo) -> Resume | None:
 def not_searched(field: FieldInfo) -> str:
     """Returns why no search space may have a field of ``train``; empty where one may."""
     return str(cast(dict[str, Any], field.json_schema_extra)["not_searched"])
+
+
+def path_in(field: FieldInfo) -> PathIn:
+    """Returns which texts of a field are paths; empty if none is."""
+    return cast(PathIn, cast(dict[str, Any], field.json_schema_extra or {}).get("path_in", ""))
 
 
 def core_type(annotation: Any) -> Any:

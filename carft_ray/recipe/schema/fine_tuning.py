@@ -1,11 +1,9 @@
 """The keys of one fine-tuning: the model, its prompts, the training, and evaluations on the way."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field, ValidationInfo
 
-from carft_ray.errors import DataError
 from carft_ray.recipe.schema.fields import (
     Config,
     Duration,
@@ -15,13 +13,11 @@ from carft_ray.recipe.schema.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    RecipePath,
     Resume,
     Seed,
     core_type,
     key,
 )
-from carft_ray.untrusted import read_text
 
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
 LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
@@ -47,15 +43,9 @@ FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
 
 
 def _templates(value: Any, info: ValidationInfo) -> Any:
-    """Puts the lines of a file in its place, so that the recipe is complete."""
-    if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context and info.context.reads:
-        path = Path(info.context.change(value.removeprefix(TEMPLATE_FILE)))
-        info.context.reads(path)
-        try:
-            return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
-        except (OSError, DataError) as error:
-            why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-            raise ValueError(f"must be a file with one template per line, but got {why}") from error
+    """Puts the lines of a file in its place, so that the recipe is complete; the context of a validation reads them."""
+    if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context:
+        return info.context(value.removeprefix(TEMPLATE_FILE))
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
@@ -86,16 +76,6 @@ def is_weights_path(pretrained: str) -> bool:
     return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
 
 
-def _weights(pretrained: str, info: ValidationInfo) -> Any:
-    return info.context.change(pretrained) if info.context and is_weights_path(pretrained) else pretrained
-
-
-def _model(name: str, info: ValidationInfo) -> str:
-    if not info.context or not name.startswith(LOCAL_DIR):
-        return name
-    return f"{LOCAL_DIR}{info.context.change(name.removeprefix(LOCAL_DIR))}"
-
-
 def _auto_or_flag(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError("must be auto, true or false")
@@ -105,9 +85,9 @@ def _auto_or_flag(value: Any) -> Any:
 class ModelConfig(Config):
     """Which CLIP to start from."""
 
-    name: Annotated[str, AfterValidator(_model)] = key("sandbox", "sandbox", START)
+    name: str = key("sandbox", "sandbox", START, path_in="model")
     """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
-    pretrained: Annotated[str, AfterValidator(_weights)] | None = key(None, None, START)
+    pretrained: str | None = key(None, None, START, path_in="weights")
     """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, not
     allowed for the others"""
 
@@ -197,11 +177,12 @@ class TrainConfig(Config):
     )
     """`MODULE:NAME`, your own fine-tuning in place of the built-in loop; runs only with `--trust`
     ([own_trainer.md](../docs/own_trainer.md))"""
-    function_dir: RecipePath | None = key(
+    function_dir: str | None = key(
         None,
         "trainers",
         Resume("running", "a folder may move; the function has the same name"),
         not_searched=ONE_FUNCTION,
+        path_in="path",
     )
     """folder from which `function` is imported, as if Python were started there; null: the folder of the recipe"""
     seed: Seed = key(

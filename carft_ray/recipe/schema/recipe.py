@@ -24,7 +24,6 @@ from carft_ray.recipe.schema.fields import (
     PositiveInt,
     Resume,
     SetName,
-    StudyPlace,
     key,
     nothing_is_empty,
     seconds_of,
@@ -120,7 +119,7 @@ class SearchConfig(Config):
     enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
     """values inside the space that are tried first, in this order; a parameter that is left out is drawn; each entry
     counts as a trial"""
-    warm_start: tuple[StudyPlace, ...] = key((), ["../studies/first"], PROPOSED)
+    warm_start: tuple[str, ...] = key((), ["../studies/first"], PROPOSED, path_in="study")
     """folders or addresses of other studies whose trials are passed to the sampler; they do not count as trials of this
     study"""
     baselines: Baselines = key(

@@ -1,7 +1,7 @@
 """The images of a recipe: the kinds of sets, and the sets by role."""
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -11,13 +11,13 @@ from carft_ray.recipe.schema.fields import (
     Fraction,
     PositiveFloat,
     PositiveInt,
-    RecipePath,
     Resume,
     Seed,
     SetName,
     distinct_names,
     key,
     nothing_is_empty,
+    path_in,
 )
 
 # ImageNet-C's fifteen
@@ -92,8 +92,8 @@ def _sample_label(value: Any) -> Any:
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(_folder_names)]
-SampleIds = Annotated[tuple[int, ...] | RecipePath, BeforeValidator(_sample_ids)]
-ClassNames = Annotated[RecipePath | tuple[str, ...], BeforeValidator(_class_names)]
+SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
+ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 RowValue = bool | int | str
 RowValues = Annotated[Any, BeforeValidator(_row_values, json_schema_input_type=RowValue | list[RowValue])]
 Where = Annotated[dict[str, RowValues], BeforeValidator(nothing_is_empty)]
@@ -119,9 +119,7 @@ class SandboxSet(Config):
 class StoredSet(Config):
     """What every set of stored images has: where it is, and which of its images belong to it."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
-
-    path: RecipePath = key(REQUIRED, "../my_images", MOVED)
+    path: str = key(REQUIRED, "../my_images", MOVED, path_in="path")
     """where the images are"""
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(None, [0, 0.1], IMAGES)
     """`[from, to)`: the images whose fraction, a hash of the sample id, is in this interval; disjoint parts of one set
@@ -153,9 +151,15 @@ class StoredSet(Config):
         None,
         "lists/bad_labels.csv",
         Resume("identity", "which images; a file may move: the remaining images are compared"),
+        path_in="path",
     )
     """images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
     `sample_id` of a CSV file"""
+
+    @property
+    def path_keys(self) -> list[str]:
+        """The keys whose texts are paths."""
+        return [name for name, field in type(self).model_fields.items() if path_in(field)]
 
 
 class FolderSet(StoredSet):
@@ -169,7 +173,6 @@ class FolderSet(StoredSet):
 class ColumnSet(StoredSet):
     """A row per image: which columns hold what, and which rows belong to the set."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
     image: str | None = key(None, "file_name", IMAGES)
     """column with the images: paths, or the bytes of files; null: `image`, or the only column that can be it"""
     label: str | None = key(None, "category", LABELS)
@@ -179,12 +182,12 @@ class ColumnSet(StoredSet):
     )
     """column with a stable and unique name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash
     of the bytes, for which the files are read once"""
-    root: RecipePath | None = key(None, "../my_images", MOVED)
+    root: str | None = key(None, "../my_images", MOVED, path_in="path")
     """if `image` has paths: the folder that they are relative to; null: that of the files"""
     where: Where = key({}, {"fold": [1, 2]}, IMAGES)
     """the rows that belong to the set, by the values of columns (texts, whole numbers, true, false); sets without a
     common value share no row"""
-    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES)
+    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES, path_in="path")
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those that
     the files name (features of Hugging Face), else the texts of the labels, sorted"""
 
@@ -206,13 +209,12 @@ class HuggingFaceSet(ColumnSet):
 class WebDatasetSet(StoredSet):
     """Tar archives of samples: files of one name with several endings."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "class_names")
     source: Literal["webdataset"] = key(REQUIRED, "sandbox", IMAGES)
     image: str | None = key(None, "jpg", IMAGES)
     """ending of the images; null: the one image of each sample"""
     label: Annotated[str | None, BeforeValidator(_sample_label)] = key(None, "json:category", LABELS)
     """ending of the file with the label, or `json:KEY`; null: `cls`"""
-    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES)
+    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES, path_in="path")
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of
     `classnames.txt` next to the shards, else the texts of the labels, sorted"""
 
@@ -301,7 +303,7 @@ class DataConfig(Config):
     shared_limit: Fraction = key(0.05, 0.1, SHARED)
     """largest share of a set that `drop` may leave out; if it is exceeded, the command stops with exit code 8, since
     the roles are likely wrong"""
-    cache_dir: RecipePath | None = key(None, "~/carft-cache", KEPT_IMAGES)
+    cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES, path_in="path")
     """folder for decoded images; null: the user's cache folder"""
     cache_gb: PositiveFloat | None = key(None, 50, KEPT_IMAGES)
     """size limit of that folder in 10^9 bytes; after a build, the least recently used entries are removed until it
