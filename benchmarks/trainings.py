@@ -45,7 +45,7 @@ from carft_ray.layout import ATTEMPT, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun

@@ -7,7 +7,7 @@ import stand_in
 from carft_ray import files
 from carft_ray.evaluation.constraints import limits
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.store import record
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -16,7 +16,7 @@ from carft_ray.evaluation.predictions import concat, correct, read_predictions, 
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.record import append_log, write_result
 from carft_ray.study.opening import open_study

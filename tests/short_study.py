@@ -3,7 +3,7 @@
 from carft_ray import environment, files
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import with_threads
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recovery import recover_running

@@ -29,7 +29,7 @@ from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID, alone
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
 

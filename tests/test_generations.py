@@ -15,8 +15,7 @@ from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import place
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply, place
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study

@@ -19,7 +19,7 @@ from study_steps import finish, optuna_study, searching
 from carft_ray.launch.command import SearchResult
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.results.confirm.configurations import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirm.summary import summarise
 from carft_ray.results.figure import rendered

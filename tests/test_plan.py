@@ -19,7 +19,7 @@ from carft_ray.launch import forecast as forecast_module
 from carft_ray.launch.capacity import Node, capacity_of, crowding
 from carft_ray.launch.forecast import OUTSIDE_S, beyond_budget, forecast, num_rounds
 from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
-from carft_ray.recipe.trial_values import drawn, middle
+from carft_ray.recipe.space import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 

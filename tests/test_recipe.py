@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths, r
 from carft_ray.recipe.schema.fine_tuning import field_kind
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import GpSampler, NoPruner
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 
 BASE = """\
 name: base

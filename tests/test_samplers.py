@@ -22,7 +22,7 @@ from carft_ray.recipe.checks.sampler_rules import population_size
 from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
-from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
+from carft_ray.recipe.space import contains, grid_index, grid_size, num_trials
 from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals import samplers
 from carft_ray.study.proposals.samplers import distribution

@@ -18,7 +18,7 @@ def stop(
 ) -> None:
     """Stop a running search or training, as Ctrl-C does. It writes checkpoints first, so that it can be resumed."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
-    from carft_ray.recipe.space.grid import num_trials
+    from carft_ray.recipe.space import num_trials
     from carft_ray.results.reading import study_view
     from carft_ray.store.copy import STATE
     from carft_ray.study.place import absolute, named

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import num_trials, num_values
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply, num_trials, num_values
 
 VIEW_FIELDS = ("seed", "crop_scale", "context_scale", "precision")
 

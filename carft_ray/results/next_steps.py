@@ -8,7 +8,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import trust_word
-from carft_ray.recipe.space.grid import num_trials
+from carft_ray.recipe.space import num_trials
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.reading.status_and_ls import budget, ledger
 from carft_ray.results.reading.study_view import Overview

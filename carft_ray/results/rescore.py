@@ -19,7 +19,7 @@ from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objecti
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.schema.constraints import total_violation, violations
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
 from carft_ray.study.place import named

@@ -6,7 +6,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.command import SearchResult
 from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import num_trials
+from carft_ray.recipe.space import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.status_and_ls import pruner_quality
 from carft_ray.results.reading.study_view import Overview

@@ -22,9 +22,9 @@ from typing import Any, Literal
 from carft_ray import __version__, files
 from carft_ray.errors import DataError, HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import COMMITS, MANIFEST
+from carft_ray.recipe import space
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import grid
 from carft_ray.store.log import Log, log_of
 from carft_ray.study.holding import check_fit, held, is_study
 from carft_ray.study.recipe_identity import compare, read_manifest
@@ -235,7 +235,7 @@ def require_unread(
     study_dir = study_dir.resolve()
     if not is_study(study_dir):
         return False
-    log, wanted = open_log(study_dir), grid.num_trials(recipe)
+    log, wanted = open_log(study_dir), space.num_trials(recipe)
     log.follow()
     entries = read_ledger(study_dir, log)
     if not reads_of(entries):

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import place
+from carft_ray.recipe.space import place
 from carft_ray.study.attributes import OUTCOME, OUTSIDE, REASON, VALUES
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import STUDY_NAMES, state_and_values
@@ -57,7 +57,7 @@ def placed_trial(
     Args:
         trial: The trial.
         recipe: Has the space.
-        values: Of the parameters that are drawn, as ``recipe.space.grid.place`` gives them.
+        values: Of the parameters that are drawn, as ``recipe.space.place`` gives them.
         attributes: The user attributes.
         with_values: Whether the intermediate values come along.
     """

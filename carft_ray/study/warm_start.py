@@ -18,7 +18,7 @@ from carft_ray.errors import Problem, RecipeError, UsageError, nearest
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import place
+from carft_ray.recipe.space import place
 from carft_ray.store.copy import STATE
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import rows

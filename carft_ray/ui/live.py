@@ -76,7 +76,7 @@ class SearchView:
         """
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
-        from carft_ray.recipe.space.grid import num_trials
+        from carft_ray.recipe.space import num_trials
         from carft_ray.results.reading.study_view import search_began
         from carft_ray.study.rows import ZERO_SHOT
 

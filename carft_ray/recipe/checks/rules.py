@@ -14,8 +14,7 @@ from carft_ray.recipe.schema.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE
 from carft_ray.recipe.schema.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
-from carft_ray.recipe.space.conditions import condition_problems
-from carft_ray.recipe.space.enqueue import enqueue_problems
+from carft_ray.recipe.space import condition_problems, enqueue_problems
 from carft_ray.recipe.text import KeyPath
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")

@@ -9,7 +9,7 @@ from carft_ray.errors import Problem
 from carft_ray.recipe.messages import at
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import NsgaSampler, QmcSampler
-from carft_ray.recipe.space.grid import grid_size, num_values
+from carft_ray.recipe.space import grid_size, num_values
 from carft_ray.words import counted
 
 LARGEST_POPULATION = 50  # Optuna's default

@@ -22,7 +22,7 @@ from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.space import apply
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.store.copy import MODELS

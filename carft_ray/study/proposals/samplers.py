@@ -22,8 +22,7 @@ from optuna.trial import TrialState
 from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.conditions import in_order, is_active
-from carft_ray.recipe.space.grid import grid_index, grid_size
+from carft_ray.recipe.space import grid_index, grid_size, in_order, is_active
 from carft_ray.study.attributes import NAME, POINT
 from carft_ray.study.proposals.optuna_private import frozen_trial, on_one_thread, running_trial
 from carft_ray.study.rows import is_training, trainings
