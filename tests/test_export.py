@@ -1,6 +1,8 @@
 """An export opens with the libraries it is for in another process and gives the accuracy that was reported."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -41,6 +43,7 @@ from carft_ray.results.export.model_card import model_card, preprocessing, usage
 from carft_ray.results.export.onnx import write_onnx
 from carft_ray.results.export.verify import TOLERANCE
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
+from carft_ray.training.checkpoint import save_tensors
 from carft_ray.training.evaluate import predict
 from carft_ray.training.run_context import RunContext
 
@@ -96,8 +99,11 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export(trained, tmp_path_factory):
-    """The biased form in all formats; each is opened in a process of its own."""
-    return export_model(trained["biased"], tmp_path_factory.mktemp("exports") / "biased", None, tuple(FILES))
+    """The biased form in all formats; the libraries that open them say nothing on the terminal."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        found = export_model(trained["biased"], tmp_path_factory.mktemp("exports") / "biased", None, tuple(FILES))
+    assert said.getvalue() == ""
+    return found
 
 
 def stock_counts(exports, images):
@@ -248,22 +254,44 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
         export_model(other, tmp_path / "refused", None, ("huggingface",))
 
 
+def not_a_number(path, state, about=None):
+    save_file({name: torch.full(tensor.shape, torch.nan) for name, tensor in state.items()}, path, about)
+
+
+def cut_off(path, state, about=None):
+    save_file(state, path, about)
+    os.truncate(path, path.stat().st_size // 2)
+
+
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("spoilt", "name", "message"),
     [
-        (0, "must give the logits of the model within 0.001, but got a difference of nan"),
-        (1, "must open the export, but got OSError: no file"),
+        (
+            not_a_number,
+            "open_clip",
+            "open_clip must give the logits of the model within 0.001, but got a difference of nan",
+        ),
+        (cut_off, "open_clip", "open_clip must open the export, but got SafetensorError: "),
+        (
+            not_a_number,
+            "huggingface",
+            "transformers must give the logits of the model within 0.001, but got a difference",
+        ),
+        (lambda *given: None, "huggingface", "transformers must open the export, but got OSError: Error no file named"),
     ],
 )
-def test_an_export_of_other_logits_never_takes_its_name(trained, tmp_path, monkeypatch, code, message):
-    def reopened(command, **options):
-        save_file({"class_logits": torch.tensor([torch.nan])}, command[-1])
-        return subprocess.CompletedProcess(command, code, "", "Traceback\nOSError: no file")
+def test_an_export_of_other_logits_never_takes_its_name(trained, tmp_path, monkeypatch, spoilt, name, message):
+    """Its weights are not numbers, cut off, or missing; the temporary name of the folder is not told."""
 
-    monkeypatch.setattr("carft_ray.results.export.verify.subprocess.run", reopened)
+    def save(path, *given):
+        write = spoilt if "model" in path.name else save_tensors
+        write(path, *given)
+
+    for module in ("export", "huggingface"):
+        monkeypatch.setattr(f"carft_ray.results.export.{module}.save_tensors", save)
     with pytest.raises(StorageError) as caught:
-        export_model(trained["plain"], tmp_path / "export")
-    assert str(caught.value).startswith(f"{tmp_path / 'export'}: open_clip {message}")
+        export_model(trained["plain"], tmp_path / "export", None, (name,))
+    assert str(caught.value).startswith(f"{tmp_path / 'export'}: {message}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,11 +54,9 @@ def fetching(place: str, what: str, page: str | None) -> Iterator[None]:
     if page is None:
         yield
         return
-    before = constants.HF_HUB_OFFLINE
-    is_reached = not before and _is_reachable(constants.ENDPOINT)
-    constants.HF_HUB_OFFLINE = not is_reached
+    is_reached = not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT)
     try:
-        with quiet():
+        with offline(not is_reached), quiet():
             yield
     except (ImportError, CarftError):
         raise
@@ -72,6 +70,15 @@ def fetching(place: str, what: str, page: str | None) -> Iterator[None]:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         reason = said if is_reached else "not in the cache, and no connection to the hub"
         raise DataError(Problem(place, rule, reason, next_step=step)) from error
+
+
+@contextlib.contextmanager
+def offline(is_offline: bool) -> Iterator[None]:
+    """Says for a block whether the hub's client, and with it open_clip and transformers, uses its cache alone."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = is_offline
+    try:
+        yield
     finally:
         constants.HF_HUB_OFFLINE = before
 

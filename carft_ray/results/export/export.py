@@ -6,8 +6,8 @@
         {model.onnx}                                                       onnx: image tower and class head in one
 
 ``logits = image_features @ class_head.T`` with normalised features (plus ``class_bias`` where there is one): the scale
-is inside the head. Before the folder takes its name, each format is opened by its own library in a process of its own
-(``results/export/reopen.py``), and must give the logits of the model.
+is inside the head. Before the folder takes its name, the library of each format opens it
+(``results/export/verify.py``), and must give the logits of the model.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from carft_ray.recipe.loading import dump_recipe, portable_paths
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 from carft_ray.results.export.model_card import model_card
 from carft_ray.results.export.onnx import write_onnx
-from carft_ray.results.export.verify import farthest_logit, logits_to_give
+from carft_ray.results.export.verify import farthest_logit, question_of
 from carft_ray.results.reading.trained import HEAD_NAME, Trained
 from carft_ray.training.checkpoint import save_tensors
 
@@ -98,7 +98,7 @@ def export_model(
     alpha = trained.result["alpha"] if alpha is None else alpha
     classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
     classifier.autocast_dtype = None  # all these libraries compute in float32
-    question, expected = logits_to_give(trained, classifier)
+    question = question_of(trained, classifier)
     head = {"class_head": classifier.class_head.detach().float()}
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
@@ -113,8 +113,8 @@ def export_model(
         _write(folder, trained.inputs.clip, classifier, formats, about)
         for path in folder.iterdir():
             fsync_file(path)
-        differences = {name: farthest_logit(folder, name, FORMATS[name][0][-1], question, expected) for name in formats}
-    return Exported(out_dir, alpha, len(expected["class_logits"]), differences)
+        differences = {name: farthest_logit(folder, name, FORMATS[name][0][-1], question) for name in formats}
+    return Exported(out_dir, alpha, len(question.pixels_NHWC), differences)
 
 
 def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
