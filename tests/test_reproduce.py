@@ -1,6 +1,7 @@
 """Where numbers come from, and whether they come again: trainings done again, compared, or ranked anew."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.compare import compare
 from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.results.reproduce import reproduce, sentence, table_differences
+from carft_ray.results.reproduce import columns, differing, reproduce, sentence
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.store.log import log_of
@@ -150,12 +151,14 @@ def test_a_gpu_repeats_a_training_within_rounding(here, run):
     code, out, _ = run("reproduce", here / "study", "t0000", "--json")
     found = json.loads(out)
     assert (code, found["same"], found["tolerance"]) == (0, True, 0.01)
-    assert "is reproduced within rounding" in sentence(found)
+    assert "are the same, within rounding (0.01)" in sentence(found)
     change_result(here / "study", lambda result: result.update(objective=result["objective"] + 0.25))
     code, _, err = run("reproduce", here / "study", "t0000")
     assert code == CarftError.exit_code
-    assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in err
-    assert "train.deterministic: true" in err
+    told = (
+        "its numbers must differ by at most 0.01 without train.deterministic: true, but got 1 that differ (objective)"
+    )
+    assert told in err
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -179,11 +182,27 @@ def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     values[3] = np.nextafter(values[3], np.inf)
     change_column(here / "run", "nll", values)
     found = again(here / "run")
-    assert [each["what"] for each in found["differences"]] == [f"predictions.nll (1 of {len(values)} rows)"]
+    assert [each["what"] for each in found["differences"]] == [f"predictions.nll (1 of {len(values)} values)"]
     assert 0 < found["differences"][0]["size"] < 1e-5
-    assert table_differences(table, table.slice(1))[0]["now"] == f"{len(table) - 1} rows"
-    assert table_differences(table, table.select(["nll"]))[0]["now"] == "nll"
-    assert table_differences(pa.table({"a": [1, 2]}), pa.table({"a": [1, 3]}))[0]["size"] is None
+
+
+def test_all_that_differs_is_named_with_the_largest_difference():
+    table = pa.table({"name": ["a", "b"], "label": [1, 2], "nll": [0.5, 0.25]})
+    assert differing(columns(table), columns(table)) == []
+    assert [each["what"] for each in differing(columns(table), columns(table.slice(1)))] == [*columns(table)]
+    other = pa.table({"name": ["a", "c"], "label": [1, 3], "nll": [0.5, math.nan]})
+    found = differing(columns(table), columns(other))
+    sizes = {each["what"].removesuffix(" (1 of 2 values)"): each["size"] for each in found}
+    assert sizes == {
+        "predictions.name": None,
+        "predictions.label": None,
+        "predictions.nll": pytest.approx(math.nan, nan_ok=True),
+    }
+    then, now = {"objective": 0.5, "alpha": 1.0}, {"objective": 0.505, "id": 0.75}
+    assert differing(then, now, 0.01) == [
+        {"what": "alpha", "then": 1.0, "now": None, "size": None},
+        {"what": "id", "then": None, "now": 0.75, "size": None},
+    ]
 
 
 def test_wrong_targets_are_refused_with_the_nearest(here):
@@ -299,6 +318,17 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
         "objective": "the recipes define it differently",
     }
     assert (row(found, "accuracy/sketch")["b"], row(found, "objective")["difference"]) == (None, None)
+
+
+def test_a_training_of_a_later_search_is_compared_as_that_search_ran(here, trained):
+    def begun_elsewhere(provenance):
+        if "data" in provenance:
+            here = {key: dict(provenance[key]) for key in ("code", "versions", "hardware")}
+            provenance["history"] = [{"at": "2026-01-01T00:00:00+00:00", **here}]
+            provenance["versions"] |= {"torch": "1.0", "numpy": "1.0"}
+
+    change(here / "run", "provenance", begun_elsewhere)
+    assert compare(str(trained), str(here / "run"))["origin"] == []
 
 
 def provenance(folder):

@@ -20,7 +20,7 @@ from carft_ray.study.place import named
 from carft_ray.study.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")
-ENVIRONMENT = ("torch", "device", "threads", "num_workers", "commit", "dirty", "source")
+ENVIRONMENT = ("torch", "device", "threads", "num_workers", "commit", "dirty", "source", "function_source")
 
 
 def compare(a: str, b: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         "a": _side(first),
         "b": _side(second),
         "recipe": _listed(recipes[0], recipes[1]),
-        "origin": _listed(_origin(first), _origin(second)),
+        "origin": _listed(origin(first), origin(second)),
         "rows": rows,
         "reasons": reasons,
         "words": next(iter(found.values())).words if found else None,
@@ -78,12 +78,18 @@ def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
     return [{"key": key, "a": left, "b": right} for key, left, right in differences(a, b)]
 
 
-def _origin(finished: Finished) -> dict[str, Any]:
+def origin(finished: Finished) -> dict[str, Any]:
     """Returns where a training's numbers come from: the study's part, and the training's own."""
     own, kept = finished.result.get("environment", {}), finished.provenance
     if finished.is_zero_shot:  # measured when its study was begun
         own = {**kept.get("versions", {}), **kept.get("preparation", {}), **kept.get("code", {}), "num_workers": 1}
-    shared = {key: kept[key] for key in ORIGIN if key in kept}
+    ran_on = (own.get("source"), own.get("torch"))  # by which later searches are told apart
+    later = [
+        each
+        for each in kept.get("history", [])
+        if (each["code"].get("source"), each["versions"].get("torch")) == ran_on
+    ]
+    shared = {key: value for key, value in {**kept, **(later or [{}])[-1]}.items() if key in ORIGIN}
     if own:  # what the training itself ran on replaces what its study was begun with
         shared.pop("code", None)
     return {**shared, "training": {key: own[key] for key in ENVIRONMENT if key in own}}

@@ -1,9 +1,9 @@
-"""A training repeated from what its study has recorded, and whether the numbers are the same, column by column.
+"""A training repeated as its study has recorded it, and compared: its numbers, the columns of predictions, its weights.
 
 What the study says of data and model is checked first, by contents: sets are decoded again, since the cache of
-decoded sets identifies files by size and date only. The training has the same threads and workers. On a CPU, and with
-``train.deterministic``, every bit must be the same; else a GPU sums in another order each time, and of two trainings
-that rounding has led apart the objective and the points of the curve are compared, within ``TOLERANCE``.
+decoded sets identifies files by size and date only. On a CPU, and with ``train.deterministic``, every bit must be the
+same; else a GPU sums in another order each time, and of two trainings that rounding has led apart the objective and the
+points of the curve are compared, within ``TOLERANCE``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from carft_ray import environment, files
+from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
-from carft_ray.launch.command import Plan, train_once
+from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
 from carft_ray.launch.worker import RUNNER
-from carft_ray.layout import PREPARED
-from carft_ray.model.device import gpu_names
-from carft_ray.recipe.schema.recipe import Recipe, alone
+from carft_ray.recipe.schema.recipe import Recipe, alone, single
+from carft_ray.results.compare import origin
 from carft_ray.results.reading.finished import Finished, open_finished
-from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves
+from carft_ray.study.provenance import differences, identity_problems, leaves
+from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.training import result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.origin import set_contents
@@ -40,60 +41,34 @@ DECODED = "decoded"
 
 def sentence(found: Mapping[str, Any]) -> str:
     """Returns that a training is reproduced, in one sentence."""
-    if found["tolerance"]:
-        return (
-            f"{found['title']} is reproduced within rounding: {found['num_numbers']} numbers (objective, curve) differ "
-            f"by at most {found['tolerance']:g}. A GPU sums in a different order each time; trainings with "
-            "train.deterministic: true repeat bit for bit."
-        )
-    weights = ", and the weights" if found["weights_compared"] else ""
-    return (
-        f"{found['title']} is reproduced: {found['num_numbers']} numbers (objective, alpha, metrics, curve) and "
-        f"{found['num_predictions']} predictions, column by column{weights}, are the same, bit for bit."
-    )
+    parts = [f"{found['num_numbers']} numbers"]
+    parts += [f"{found['num_predictions']} predictions"] if found["num_predictions"] else []
+    parts += ["the weights"] if found["weights_compared"] else []
+    how = f"within rounding ({found['tolerance']:g})" if found["tolerance"] else "bit for bit"
+    return f"{found['title']} is reproduced: {', '.join(parts)} are the same, {how}."
 
 
 def difference_error(found: Mapping[str, Any]) -> CarftError:
     """Returns the error with the largest difference and what may explain it."""
-    differing = found["differences"]
-    largest = max(differing, key=lambda each: each["size"] or 0.0)
-    rule = (
-        f"its numbers must differ by at most {found['tolerance']:g}"
-        if found["tolerance"]
-        else "its numbers must be the same"
-    )
-    names = ", ".join(each["what"] for each in differing[:8]) + (", ..." if len(differing) > 8 else "")
-    value = f"{len(differing)} that differ ({names})"
-    value += f"; the largest difference is that of {largest['what']}: {largest['then']} then, {largest['now']} now"
-    if largest["size"] is not None:
-        value += f" ({largest['size']:.3g})"
-    step = "Data, weights, code, versions and hardware are those of the study. "
+    differing, rule = found["differences"], "its numbers must be the same"
     if found["tolerance"]:
-        step += f"GPU sums differ between runs, which seldom explains more than {found['tolerance']:g}: compare "
-        step += "with trainings of other seeds; those with train.deterministic: true repeat bit for bit."
-    else:
-        step += "Please report it."
+        rule = f"its numbers must differ by at most {found['tolerance']:g} without train.deterministic: true"
+    largest = max(differing, key=lambda each: each["size"] or 0.0)
+    names = ", ".join(each["what"] for each in differing[:8]) + (", ..." if len(differing) > 8 else "")
+    value = f"{len(differing)} that differ ({names}); the largest difference is that of {largest['what']}: "
+    value += f"{largest['then']} then, {largest['now']} now"
+    step = "Data, weights, code, versions and hardware are those of the study. Please report it."
     if lines := change_lines(found):
         step = "\n      ".join(["These differ from the study now:", *lines])
     return CarftError(Problem(found["title"], rule, value, next_step=step))
 
 
 def change_lines(found: Mapping[str, Any]) -> list[str]:
-    """Returns what differs now from the provenance of the study, as lines of text."""
-    return [f"{each['key']}: {_short(each['then'])} then, {_short(each['now'])} now" for each in found["changes"]]
+    """Returns what differs now from the training of the study, as lines of text."""
+    return [f"{each['key']}: {each['then']} then, {each['now']} now" for each in found["changes"]]
 
 
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def reproduce(
-    finished: Finished,
-    out_dir: Path,
-    say: Callable[[str], None],
-    on_event: OnEvent,
-) -> dict[str, Any]:
+def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_event: OnEvent) -> dict[str, Any]:
     """Repeats a training and compares.
 
     Args:
@@ -105,9 +80,8 @@ def reproduce(
     Returns:
         Plain data: ``same``: whether everything is, within ``tolerance`` (0: bit for bit); ``title`` of the training,
         ``num_numbers`` of ``result.json`` and ``num_predictions`` that were compared, ``weights_compared``: whether
-        the weights were, which the study may not have kept; ``differences``, the numbers first: ``what`` (a dotted
-        name), ``then``, ``now``, ``size`` (largest absolute difference; None where there is none to take);
-        ``changes`` from the provenance of the study: ``key``, ``then``, ``now``.
+        the weights were, which the study may not have kept; ``differences``, the numbers first: as of ``differing``;
+        ``changes`` of code, versions, hardware: ``key``, ``then``, ``now``.
 
     Raises:
         DataError: Images or weights are not those of the study; names the sets.
@@ -117,27 +91,24 @@ def reproduce(
     """
     out_dir = out_dir.resolve()
     files.require_new(out_dir, "--out")
-    kept, then = finished.provenance, finished.predictions()
+    kept, then, shared = finished.provenance, finished.predictions(), read_shared(finished.folder)
     say("comparing the images with those of the study")
-    rows = read_shared(finished.folder)
-    base = without_shared(finished.base, rows)
-    _check({"data": set_contents(base)}, kept)
-    shared = _as_computed(base, kept["preparation"], out_dir)
-    if finished.is_zero_shot:
-        prepared = _prepare(shared, kept, shared, out_dir / PREPARED, say)
-        metrics = {k: v for k, v in prepared.items() if k in finished.result["metrics"]}
-        result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        return _compared(finished, then, replace(finished, folder=out_dir, result=result))
+    base = without_shared(finished.base, shared)
+    _require_same(kept, {"data": set_contents(base)})
+    prepare = partial(_prepare, _as_computed(base, kept["preparation"], out_dir), kept)
+    train = partial(_train, finished.result.get("references", {}))
     was = finished.recipe if finished.row.kind == "trial" else alone(finished.recipe)
-    recipe = _as_computed(was, finished.result["environment"], out_dir)
-    references = finished.result.get("references", {})
-    runner = replace(RUNNER, prepare=partial(_prepare, shared, kept), train=partial(_train, references))
+    recipe = single(_as_computed(was, _environment(finished), out_dir))
+    plan = Plan(recipe, out_dir, None, on_event, replace(RUNNER, prepare=prepare, train=train), shared=shared)
     try:
-        train_once(Plan(recipe, out_dir, None, on_event, runner, shared=rows))
+        if finished.is_zero_shot:
+            run(replace(plan, given=lambda study: {}, alone=True), lambda study, ran: None)
+        else:
+            train_once(plan)
     except InterruptedRunError:
         step = "Run the same command again; the folder of --out, if one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
-    return _compared(finished, then, open_finished(out_dir))
+    return _compared(finished, then, open_finished(out_dir, ZERO_SHOT if finished.is_zero_shot else None))
 
 
 def _prepare(
@@ -145,7 +116,7 @@ def _prepare(
 ) -> dict[str, Any]:
     """Prepares what the first time has prepared, with what it computed with (``shared``), whatever ``recipe`` says."""
     found = RUNNER.prepare(shared, folder, say)
-    _check(found["provenance"], kept)
+    _require_same(kept, found["provenance"])
     return found
 
 
@@ -155,9 +126,15 @@ def _train(references: Mapping[str, float], *given: Any) -> dict[str, Any]:
     return RUNNER.train(recipe, out_dir, prepared_dir, replace(context, references=references), attempt)
 
 
-def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:
+def _require_same(kept: dict[str, Any], found: dict[str, Any]) -> None:
     if problems := identity_problems(kept, found):
         raise DataError(problems)
+
+
+def _environment(finished: Finished) -> Mapping[str, Any]:
+    """Returns what a training computed with; of the zero-shot model, what the preparation did."""
+    where: Mapping[str, Any] = finished.result.get("environment") or finished.provenance["preparation"]
+    return where
 
 
 def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Recipe:
@@ -166,43 +143,35 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     One worker runs in this process, whatever the executor was: a test of the executors holds that nothing changes.
     """
     num_workers = where.get("num_workers", 1)
-    resources = recipe.resources.model_copy(
-        update={
-            "threads": where["threads"],
-            "targets": "online",
-            "num_workers": num_workers,
-            "executor": "inline" if num_workers == 1 else "ray-train",
-            "gpus_per_worker": 0.0 if where["device"] == "cpu" else recipe.resources.gpus_per_worker,
-        }
-    )
-    data = recipe.data.model_copy(update={"cache_dir": str(out_dir / DECODED)})
-    train = recipe.train.model_copy(update={"compile": where.get("compile", recipe.train.compile)})
-    return recipe.model_copy(update={"resources": resources, "data": data, "train": train})
+    gpus = 0.0 if where["device"] == "cpu" else recipe.resources.gpus_per_worker
+    computed = {"threads": where["threads"], "num_workers": num_workers, "gpus_per_worker": gpus}
+    computed |= {"executor": "inline" if num_workers == 1 else "ray-train", "targets": "online"}
+    parts = {
+        "resources": recipe.resources.model_copy(update=computed),
+        "data": recipe.data.model_copy(update={"cache_dir": str(out_dir / DECODED)}),
+        "train": recipe.train.model_copy(update={"compile": where.get("compile", recipe.train.compile)}),
+    }
+    return recipe.model_copy(update=parts)
 
 
-def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, Any]:
-    """Compares a training, whose predictions were ``then``, with itself repeated."""
-    where = finished.result.get("environment", {})
-    device = where.get("device") or finished.provenance.get("preparation", {}).get("device")
-    tolerance = 0.0 if device == "cpu" or finished.recipe.train.deterministic else TOLERANCE
-    compared = COMPARED_WITHIN if tolerance else COMPARED
-    old = _numbers(result_of(finished.folder, finished.row) or finished.result, compared)
-    found = [_difference(*each, _size(*each[1:])) for each in differences(old, _numbers(again.result, compared))]
-    found = [each for each in found if each["size"] is None or each["size"] > tolerance]
-    if not tolerance:
-        found += table_differences(then, again.predictions())
-    with_weights = not tolerance and finished.weights_path.is_file() and again.weights_path.is_file()
+def _compared(finished: Finished, predictions: pa.Table, again: Finished) -> dict[str, Any]:
+    """Compares a training, whose predictions were read before, with itself repeated."""
+    is_exact = _environment(finished)["device"] == "cpu" or finished.recipe.train.deterministic
+    tolerance, keys = (0.0, COMPARED) if is_exact else (TOLERANCE, COMPARED_WITHIN)
+    numbers, sides = _numbers(finished, keys), (finished, again)
+    found = differing(numbers, _numbers(again, keys), tolerance)
+    with_weights = is_exact and all(side.weights_path.is_file() for side in sides)
+    if is_exact:
+        found += differing(columns(predictions), columns(again.predictions()))
     if with_weights:
-        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(again.weights_path))
-    changes = changes_since(finished.provenance, where)
-    sources = [each.get("function_source") for each in (where, again.result.get("environment", {}))]
-    if sources[0] != sources[1]:
-        changes.append(("train.function", *sources))
+        then, now = (load_tensors(side.weights_path) for side in sides)
+        found += differing(then, now)
+    changes = [each for each in differences(origin(finished), origin(again)) if each[0] != "hardware.threads"]
     return {
         "same": not found,
         "title": finished.title,
-        "num_numbers": len(leaves(old)),
-        "num_predictions": 0 if tolerance else len(then),
+        "num_numbers": len(numbers),
+        "num_predictions": len(predictions) if is_exact else 0,
         "tolerance": tolerance,
         "weights_compared": with_weights,
         "differences": found,
@@ -210,65 +179,46 @@ def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, 
     }
 
 
-def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns how code, versions and hardware differ now from those under which a training ran.
+def differing(then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float = 0.0) -> list[dict[str, Any]]:
+    """Returns where two sides are not the same.
 
     Args:
-        provenance: Of the study.
-        where: ``environment`` of the training's result, by which its entry of the history is found.
+        then: Numbers or arrays by name.
+        now: The same of the other side.
+        tolerance: Floating-point numbers may differ by so much.
+
+    Returns:
+        Per name that differs ``what`` (with how many do, of an array), ``then`` and ``now`` (numbers, or shapes), and
+        ``size``: the largest difference of floating-point numbers, None of others.
     """
-    entries = [provenance, *provenance.get("history", [])]
-    ran_on = (where.get("source"), where.get("torch"))
-    fitting = [each for each in entries if (each["code"].get("source"), each["versions"].get("torch")) == ran_on]
-    entry = (fitting or entries)[-1]
-    hardware = {**environment.hardware(), "gpus": gpu_names()}
-    now = {"code": environment.code(), "versions": environment.versions(), "hardware": hardware}
-    then = {key: {name: v for name, v in entry[key].items() if name != "threads"} for key in CHANGING}
-    return differences(then, now)
-
-
-def _numbers(result: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Returns what is compared of a result; points of the curve by their alpha."""
-    parts = {key: result[key] for key in keys if key in result}
-    if "curve" in parts:
-        parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}
-    return parts
-
-
-def _difference(what: str, then: Any, now: Any, size: float | None = None) -> dict[str, Any]:
-    return {"what": what, "then": then, "now": now, "size": size}
-
-
-def _size(then: Any, now: Any) -> float | None:
-    both = (then, now)
-    return abs(float(now) - float(then)) if all(isinstance(value, int | float) for value in both) else None
-
-
-def table_differences(then: pa.Table, now: pa.Table) -> list[dict[str, Any]]:
-    """Returns a difference for every column of two tables that is not the same, row by row."""
-    if then.column_names != now.column_names:
-        return [_difference("predictions", ", ".join(then.column_names), ", ".join(now.column_names))]
-    if len(then) != len(now):
-        return [_difference("predictions", counted(len(then), "row"), counted(len(now), "row"))]
     found = []
-    for name in then.column_names:
-        if then[name].equals(now[name]):
-            continue  # before numbers of Python's are made
-        pairs = zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)
-        unequal = [pair for pair in pairs if pair[0] != pair[1]]
-        if unequal:
-            has_size = pa.types.is_floating(then[name].type)
-            old, new = max(unequal, key=lambda pair: _size(*pair) or 0.0) if has_size else unequal[0]
-            what = f"predictions.{name} ({len(unequal)} of {counted(len(then), 'row')})"
-            found.append(_difference(what, str(old), str(new), _size(old, new) if has_size else None))
+    for what in {**then, **now}:
+        old, new = (np.asarray(side.get(what)) for side in (then, now))
+        if np.array_equal(old, new):
+            continue
+        size, name = None, what
+        if old.shape == new.shape and old.ndim:
+            name = f"{what} ({(old != new).sum()} of {counted(old.size, 'value')})"
+        if old.shape == new.shape and old.dtype.kind == new.dtype.kind == "f":
+            size = float(np.abs(new - old).max())
+        if size is None or not size <= tolerance:
+            found.append({"what": name, "then": _shown(old), "now": _shown(new), "size": size})
     return found
 
 
-def _weights_differences(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    if then.keys() != now.keys():
-        return [_difference("weights", f"{len(then)} tensors", f"{len(now)} other tensors")]
-    unequal = [name for name in then if not torch.equal(then[name], now[name])]
-    if not unequal:
-        return []
-    size = max(float((then[name].double() - now[name].double()).abs().max()) for name in unequal)
-    return [_difference("weights", f"{len(then)} tensors", f"{len(unequal)} of them differ", size)]
+def _shown(value: npt.NDArray[Any]) -> Any:
+    return f"shape {value.shape}" if value.ndim else value.item()
+
+
+def columns(predictions: pa.Table) -> dict[str, Any]:
+    """Returns the columns of predictions by name, as arrays."""
+    return {f"predictions.{name}": predictions[name].to_numpy() for name in predictions.column_names}
+
+
+def _numbers(finished: Finished, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns what is compared of a result, by dotted name; points of the curve by their alpha."""
+    result = result_of(finished.folder, finished.row) or finished.result
+    parts = {key: result[key] for key in keys if key in result}
+    if "curve" in parts:
+        parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}
+    return leaves(parts)
