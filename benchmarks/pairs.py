@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from carft_ray.data.content import reading_threads
 from carft_ray.data.copies.find import SharedPair, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
+from carft_ray.data.images import decode_image
 from carft_ray.data.synthetic.sandbox import DOMAINS, sandbox_source
 from carft_ray.recipe.schema.recipe import Recipe
 
@@ -139,11 +140,11 @@ def copies_found(root: Path, domain: str, names: Sequence[str], num: int, work: 
         for index in drawn:
             path = folder / kind / f"{index}.{'jpg' if 'JPEG' in kind else 'png'}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(root / names[index]) as image:
-                if "JPEG" in kind:
-                    image.convert("RGB").save(path, quality=int(kind.removeprefix("JPEG ")))
-                else:
-                    change(image.convert("RGB")).save(path)
+            image = Image.fromarray(decode_image((root / names[index]).read_bytes(), names[index]))
+            if "JPEG" in kind:
+                image.save(path, quality=int(kind.removeprefix("JPEG ")))
+            else:
+                change(image).save(path)
         where: dict[str, object] = {"path": str(work / "copies"), "domains": [domain]}
         found = set()
         for pair in pairs_of({"path": str(root), "domains": [domain]}, where, work / "cache"):

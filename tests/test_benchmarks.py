@@ -10,9 +10,22 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
-from benchmarks import acceptance, effect, gpu, photos, pretrain, rows, speed_engine, speed_sets, speed_views, table
+from benchmarks import (
+    acceptance,
+    effect,
+    gpu,
+    pairs,
+    photos,
+    pretrain,
+    rows,
+    speed_engine,
+    speed_sets,
+    speed_views,
+    table,
+)
 from benchmarks import landscape as landscapes
 from carft_ray import model
 from carft_ray.data.decoded import image_set
@@ -220,3 +233,20 @@ def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit
     assert first == second
     assert "step 10/10  loss " in capsys.readouterr().out
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'a'}")
+
+
+def test_copies_of_images_are_counted_and_pairs_that_are_none_are_judged(tmp_path, capsys):
+    names = [f"photo/cat/{index}.{'jpg' if index % 2 else 'png'}" for index in range(4)]
+    for index, name in enumerate(names):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos.photo(index // 2, 80, 70)).save(path)
+    rows = [(names[0], names[1], "yes"), (names[0], names[2], "no")]
+    labels = tmp_path / "pairs.csv"
+    labels.write_text("\n".join(map(",".join, [("first", "second", "same_picture"), *rows])))
+    pairs.main([str(tmp_path / "images"), str(labels), "--copies", "2"])
+    shown = capsys.readouterr().out
+    assert "pairs marked 'yes': 1 of 1 found\npairs marked 'no': 0 of 1 found\npass: 4 images" in shown
+    assert shown.splitlines()[-1].startswith(" | photo | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | ")
+    labels.write_text(labels.read_text().replace("yes", "no"))
+    assert pairs.main([str(tmp_path / "images"), str(labels), "--copies", "0"]) == 1

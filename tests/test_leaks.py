@@ -16,8 +16,9 @@ import crash_host
 import pytest
 import short_training
 from PIL import Image, ImageOps
-from test_shared_images import COPIES, hills, write_pictures
+from test_shared_images import hills, write_pictures
 
+from benchmarks.pairs import COPIES
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import run as evaluation
 from carft_ray.training.run_context import RunContext

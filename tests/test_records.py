@@ -7,22 +7,19 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts_tables import encoded
 from PIL import Image
 from sources import open_set, told
 
-from benchmarks.photos import photo
 from carft_ray.data import records as module
 from carft_ray.data.bad_images import without_bad_images
-from carft_ray.data.content import AHEAD, image_digest, in_order
-from carft_ray.data.copies.find import candidates, distances, same_bytes
-from carft_ray.data.images import decode_image, small_image
-from carft_ray.data.records import SHORT_SIDE, records, thumbnails_of
+from carft_ray.data.content import AHEAD, image_digest, in_order, pixel_digest
+from carft_ray.data.copies.find import same_pictures
+from carft_ray.data.images import decode_image
+from carft_ray.data.records import records, thumbnail_of
 from carft_ray.errors import DataError, Problem
 
 NAMES = [f"{name}/{index}.{ending}" for name in ("bird", "cat") for index, ending in enumerate(("jpg", "png") * 6)]
@@ -67,11 +64,13 @@ def test_one_reading_finds_what_plain_decoding_finds_and_a_second_call_reads_not
             if content == b"no image":
                 assert str(found.problems[index]).startswith(f"{source.place(index)}: must be a readable image")
                 assert not found.thumbnails[index].any()
+                assert found.pixels[index].tobytes() == found.digests[index].tobytes()
                 continue
             pixels = decode_image(content, "x")
             assert (found.heights[index], found.widths[index]) == pixels.shape[:2]
             assert found.modes[index].decode() == Image.open(io.BytesIO(content)).mode
-            assert found.thumbnails[index].tobytes() == thumbnails_of(pixels).tobytes()  # none is decoded smaller
+            assert found.pixels[index].tobytes() == pixel_digest(pixels)
+            assert found.thumbnails[index].tobytes() == thumbnail_of(pixels).tobytes()
     assert len(found.problems) == 1
     assert Counter(seen) == Counter(source.listing.names)
     (kept,) = (root / "cache").glob("records-*.arrow")
@@ -92,8 +91,9 @@ def test_of_a_test_set_nothing_is_kept_but_hashes_sizes_of_files_and_thumbnails(
     assert table["problem"].null_count == len(source)
     bad = {index for index in range(len(source)) if not found.thumbnails[index].any()}
     assert len(bad) == 2
-    assert bad <= {*same_bytes(found, found)[:, 0].tolist()}
-    assert not bad & {*candidates(found, found).ravel().tolist()}
+    pairs, apart = same_pictures(found, found)
+    assert bad <= {*pairs[apart == 0, 0].tolist()}
+    assert not bad & {*pairs[apart > 0].ravel().tolist()}
     assert records(source, root / "cache").problems.keys() == bad  # in another role it is another set
 
 
@@ -160,22 +160,6 @@ def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
         assert [str(problem.place) for problem in found.problems.values()] == bad
     assert Counter(seen) == Counter(source.listing.names[row] for row in source.rows)
     assert more == []
-
-
-@pytest.mark.slow
-def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wrong(root):
-    smaller = partial(small_image, side=SHORT_SIDE)
-    framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
-    for shown in (photo(1, 500, 375), photo(1, 224, 224), photo(1, 320, 700), framed):
-        content = encoded(shown, "JPEG", quality=90)
-        pixels, size, mode = smaller(content, "x")
-        assert (size, mode) == (shown.shape[:2], "RGB")
-        assert SHORT_SIDE <= min(pixels.shape[:2]) < min(size)
-        thumbnails = thumbnails_of(pixels, partial(decode_image, content, "x"))
-        assert max(distances(thumbnails, thumbnails_of(decode_image(content, "x")))) < 0.05  # candidates have 0.25
-        for decode in (decode_image, smaller):
-            assert "must be a readable image" in told(decode, content[:-200], "x")
-    assert distances(thumbnails[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05  # where the border ends is seen
 
 
 # ---- values that several threads make ahead of whoever takes them

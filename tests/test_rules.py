@@ -135,7 +135,7 @@ AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
     "writes": "files training/tensorboard store/bucket launch/worker",
     "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/synthetic/sandbox_shapes"
-    " data/synthetic/corruptions data/copies/pairs_file results/export/model_card results/page/page",
+    " data/synthetic/corruptions data/copies/shared_images results/export/model_card results/page/page",
     "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index data/packed training/targets"
     " launch/jobs training/own_function",

@@ -14,23 +14,21 @@ import numpy as np
 import pytest
 from conftest import ArraySource
 from crash_host import call
-from layouts_tables import encoded
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 from short_training import write_model
 from sources import open_train, open_validation
 
+from benchmarks import pairs
 from benchmarks.photos import photo
 from carft_ray import words
-from carft_ray.data.content import DIGEST_BYTES
+from carft_ray.data.content import DIGEST_BYTES, pixel_digest
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
-from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import excluded_ids
-from carft_ray.data.records import Records, thumbnails_of
+from carft_ray.data.records import SIDE, Records, thumbnail_of
 from carft_ray.data.role_checks import check_sets
-from carft_ray.data.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
@@ -53,53 +51,16 @@ def write_pictures(images, domains, classes, side=40):
                 hills([number, label, index], side).save(images / domain / name / f"{index}.png")
 
 
-def resaved(image, *kind, **settings):
-    return Image.open(io.BytesIO(encoded(image, *kind, **settings))).convert("RGB")
-
-
-def resized(image, factor):
-    return image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
-
-
-def cropped(image):
-    """Cuts off a twentieth of each side."""
-    x, y = round(0.05 * image.width), round(0.05 * image.height)
-    return image.crop((x, y, image.width - x, image.height - y))
-
-
-def bordered(image):
-    """Lays a border around: white where the picture begins dark, else black."""
-    colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
-    return ImageOps.expand(image, max(1, round(0.06 * min(image.size))), fill=colour)
-
-
-def marked(image):
-    """Writes a text over a third of the width into the lower right corner, white with a black outline."""
-    copy = image.copy()
-    draw, size = ImageDraw.Draw(copy), 1.0
-    while draw.textlength("(c) example", font=ImageFont.load_default(size + 1)) <= image.width / 3:
-        size += 1
-    place, font = (0.97 * image.width, 0.97 * image.height), ImageFont.load_default(size)
-    draw.text(place, "(c) example", "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
-    return copy
-
-
-COPIES = {
-    "PNG": resaved,
-    "JPEG 90": lambda image: resaved(image, "JPEG", quality=90),
-    "JPEG 75": lambda image: resaved(image, "JPEG", quality=75),
-    "half size": lambda image: resized(image, 0.5),
-    "double size": lambda image: resized(image, 2),
-    "5 % margin off": cropped,
-    "border": bordered,
-    "small watermark": marked,
-}
-
-
-def signed(pictures, seed):
+def records_of(pictures, seed):
     """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
     digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
-    return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
+    pixels = np.stack([np.frombuffer(pixel_digest(picture), np.uint8) for picture in pictures])
+    return Records(digests, pixels, np.stack([thumbnail_of(picture) for picture in pictures]))
+
+
+def are_one(first, second):
+    """Tells whether two pictures are found to be the same one."""
+    return len(find.same_pictures(records_of([first], 1), records_of([second], 2))[0]) == 1
 
 
 CLASSES = ("cat", "dog")
@@ -312,61 +273,65 @@ def drawing(code, side=224):
 PICTURES = {"photo": photo(3, 200, 160), "small photo": photo(4, 48, 64), "drawing": drawing(0)}
 
 
-@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("kind", pairs.WHOLE)
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_copy_is_a_candidate_and_then_the_same_picture(name, kind):
+def test_a_picture_of_another_format_or_size_is_the_same(name, kind):
     original = PICTURES[name]
-    copy = np.asarray(COPIES[kind](Image.fromarray(original)))
-    assert find.candidates(signed([original], 1), signed([copy], 2)).tolist() == [[0, 0]]
-    assert picture_distance(grey_picture(original), grey_picture(copy)) <= LIMIT
+    assert are_one(original, np.asarray(pairs.COPIES[kind](Image.fromarray(original))))
 
 
-def test_drawings_whose_thumbnails_agree_are_not_one_picture():
+def test_the_same_pixels_are_found_whatever_they_show():
+    blank, bare = np.full((40, 40, 3), 90, np.uint8), np.full((40, 41, 3), 90, np.uint8)
+    assert are_one(blank, np.asarray(pairs.resaved(Image.fromarray(blank))))
+    assert not are_one(blank, bare)  # without contrast only the pixels are compared
+
+
+def test_drawings_that_are_alike_are_not_one_picture():
     drawings = [drawing(code) for code in (0, 0b0000011111, 0b1111100000, 0b1111111111)]  # half differ, or all
     for one, other in itertools.combinations(drawings, 2):
-        assert find.distances(thumbnails_of(one)[None, 0], thumbnails_of(other)[None, 0])[0] <= find.TOLERANCE
-        assert picture_distance(grey_picture(one), grey_picture(other)) > LIMIT
+        assert not are_one(one, other)
 
 
 def test_other_pictures_are_far_apart_and_the_order_makes_no_difference():
-    blank = np.full((40, 40, 3), 90, np.uint8)
     shapes = []
     for box in ((10, 10, 60, 60), (30, 40, 90, 100)):  # the same shape elsewhere on a plain ground
         image = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(image).ellipse(box, fill="black")
         shapes.append(np.asarray(image))
-    looks = list(map(grey_picture, (*PICTURES.values(), photo(5, 200, 160), *shapes)))
-    assert [picture_distance(look, look) for look in looks] == [0] * len(looks)
-    for one, other in itertools.combinations(looks, 2):
-        assert LIMIT < picture_distance(one, other) == picture_distance(other, one)
-    assert 0 <= picture_distance(grey_picture(blank), looks[0]) <= 1
-    assert len(find.candidates(signed([blank], 1), signed([blank], 2))) == 0  # known by its bytes alone
+    small = [thumbnail_of(picture)[None] for picture in (*PICTURES.values(), photo(5, 200, 160), *shapes)]
+    assert [find.distances(one, one).item() for one in small] == [0] * len(small)
+    for one, other in itertools.combinations(small, 2):
+        assert find.LIMIT < find.distances(one, other).item() == find.distances(other, one).item()
+    paler = (0.8 * PICTURES["photo"] + 20).astype(np.uint8)
+    assert are_one(PICTURES["photo"], paler)  # gain and offset are taken out
+    assert not are_one(PICTURES["photo"], np.roll(paler, 1, axis=2))  # colours are other ones
+    assert find.distances(small[0], np.zeros_like(small[0])).item() == np.inf
 
 
-def test_what_lies_inside_a_border_is_found():
-    grey = np.asarray(Image.fromarray(PICTURES["photo"]).convert("L"))
-    assert inside_border(grey) == WHOLE
-    framed = np.pad(grey, ((16, 16), (20, 20)), constant_values=255)
-    assert inside_border(framed) == pytest.approx((20 / 240, 220 / 240, 16 / 192, 176 / 192))
-    assert inside_border(np.pad(grey, 200)) == WHOLE  # more border than picture
-
-
-def test_of_many_files_with_the_same_bytes_each_stands_in_a_pair():
+def test_of_many_images_with_the_same_pixels_each_stands_in_a_pair():
     digests = [np.repeat(np.array(rows, np.uint8)[:, None], 16, axis=1) for rows in ((7, 1, 7, 7), (2, 7, 7))]
-    mine, theirs = (Records(each, np.zeros((len(each), 4, 8, 8, 3), np.uint8)) for each in digests)
-    pairs = find.same_bytes(mine, theirs)
-    assert {*pairs[:, 0].tolist()} == {0, 2, 3}
-    assert {*pairs[:, 1].tolist()} == {1, 2}
-    assert len(pairs) == 4
+    mine, theirs = (Records(each, each, np.zeros((len(each), SIDE, SIDE, 3), np.uint8)) for each in digests)
+    found, apart = find.same_pictures(mine, theirs)
+    assert {*found[:, 0].tolist()} == {0, 2, 3}
+    assert {*found[:, 1].tolist()} == {1, 2}
+    assert (len(found), apart.max()) == (4, 0)
 
 
-def test_candidates_are_those_of_the_views_and_few_for_an_image_of_which_there_are_many():
+def test_pairs_are_the_same_in_blocks_of_any_size_and_few_for_an_image_of_which_there_are_many(monkeypatch):
     rng = np.random.default_rng(0)
     frames = [np.clip(PICTURES["photo"] + rng.integers(-3, 4, PICTURES["photo"].shape), 0, 255) for _ in range(30)]
     frames = [frame.astype(np.uint8) for frame in frames]
-    found = find.candidates(signed(frames, 1), signed(frames[:2], 2))
-    assert np.bincount(found[:, 1]).tolist() == [find.NEAREST, find.NEAREST]
-    assert all([index, index] in found.tolist() for index in range(2))  # the nearest is the same
+    mine, theirs = records_of([*frames, drawing(0)], 1), records_of([drawing(0b1111), *frames[:2]], 2)
+    everything, _ = find.same_pictures(mine, theirs)
+    assert np.bincount(everything[:, 1]).tolist() == [0, 30, 30]
+    monkeypatch.setattr(find, "NEAREST", 8)
+    found, apart = find.same_pictures(mine, theirs)
+    assert np.bincount(found[:, 1]).tolist() == [0, 9, 9]  # and the one with the same pixels
+    assert sorted(apart.tolist())[:3] == [0, 0, apart[apart > 0].min()]
+    monkeypatch.setattr(find, "_ROWS", 2)
+    monkeypatch.setattr(find, "_BLOCK", 7)
+    again, distances = find.same_pictures(mine, theirs)
+    assert (again.tolist(), distances.tolist()) == (found.tolist(), apart.tolist())
 
 
 def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):
@@ -380,7 +345,7 @@ def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):
         for place, source in zip(("data.train", "data.id_test"), sources, strict=True)
     )
     pairs = [find.SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
-    write_pairs(tmp_path / "pairs.csv", pairs)
+    shares.write_pairs(tmp_path / "pairs.csv", pairs)
     ids = [str(image.source.sample_ids[image.index]) for image in (pairs[0].first, pairs[0].second)]
     lines = (tmp_path / "pairs.csv").read_text().splitlines()
     assert lines[0] == "set,image,sample_id,other_set,other_image,other_sample_id,found_by,distance"
@@ -390,11 +355,11 @@ def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):
     assert [line.rsplit(",", 2)[1:] for line in lines[1:3]] == [["same bytes", "0.0"], ["same picture", "0.05"]]
     leaving = {int(pair.first.source.sample_ids[pair.first.index]) for pair in pairs}
     assert {*excluded_ids(str(tmp_path / "pairs.csv"), "x").tolist()} == leaving  # the table may be given to `exclude`
-    write_pairs(tmp_path / "none.csv", [])
+    shares.write_pairs(tmp_path / "none.csv", [])
     assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
-        check_pairs_path(tmp_path / "pairs.txt")
-    write_pairs(tmp_path / "pairs.html", pairs)
+        shares.check_pairs_path(tmp_path / "pairs.txt")
+    shares.write_pairs(tmp_path / "pairs.html", pairs)
     page = (tmp_path / "pairs.html").read_text()
     assert page.count("<article>") == 3
     assert page.count('src="data:image/jpeg;base64,') == 6

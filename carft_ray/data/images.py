@@ -78,30 +78,12 @@ def decode_image(content: bytes, place: str, max_pixels: int = MAX_PIXELS) -> Pi
     Raises:
         DataError: The image is damaged, cut off, of no format that is read, or has too many pixels.
     """
-    return small_image(content, place, 0, max_pixels)[0]
+    return decoded_image(content, place, max_pixels)[0]
 
 
-def small_image(
-    content: bytes, place: str, side: int, max_pixels: int = MAX_PIXELS
-) -> tuple[PixelArray, tuple[int, int], str]:
-    """Decodes an image file for thumbnails: smaller, where that is quicker.
-
-    A JPEG of more than ``side`` pixels is decoded by whole eighths of its size: what is wrong with it is found all the
-    same, since all of it is read.
-
-    Args:
-        content: Bytes of the file.
-        place: Its name, for the message.
-        side: Pixels that the shorter side of a larger image keeps; 0: all.
-        max_pixels: As of ``decode_image``.
-
-    Returns:
-        Pixels, uint8 [h, w, 3]; height and width of the image itself, pixels; Pillow's mode of the file.
-
-    Raises:
-        DataError: As ``decode_image``.
-    """
-    if (found := _plain_jpeg(content, side, max_pixels)) is not None:
+def decoded_image(content: bytes, place: str, max_pixels: int = MAX_PIXELS) -> tuple[PixelArray, str]:
+    """Returns the pixels of ``decode_image``, whose arguments and errors it has, and Pillow's mode of the file."""
+    if (found := _plain_jpeg(content, max_pixels)) is not None:
         return found
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
@@ -113,8 +95,7 @@ def small_image(
             mode = file.mode
             with _turn(number):
                 file.load()
-                pixels = np.asarray(_to_rgb(_upright(file)))
-            return pixels, (pixels.shape[0], pixels.shape[1]), mode
+                return np.asarray(_to_rgb(_upright(file))), mode
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of Pillow's own two limits
@@ -173,18 +154,15 @@ def _turn(number: int) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if number <= LARGE else _one_large
 
 
-def _plain_jpeg(
-    content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS
-) -> tuple[PixelArray, tuple[int, int], str] | None:
+def _plain_jpeg(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[PixelArray, str] | None:
     """Decodes a sound JPEG, grey or in colour, without a note of a rotation; None: a case for Pillow.
 
     Args:
         content: Bytes of the file.
-        side: Pixels that the shorter side keeps at least, where it has them; 0: all.
         max_pixels: Larger ones are a case for Pillow, too.
 
     Returns:
-        As ``small_image``.
+        As ``decoded_image``.
     """
     if not content.startswith(b"\xff\xd8\xff") or any(mark in content for mark in _TURNS):
         return None
@@ -194,10 +172,10 @@ def _plain_jpeg(
         if not is_plain or height * width > max_pixels:
             return None
         with _turn(height * width):
-            pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side)
+            pixels = simplejpeg.decode_jpeg(content)
     except ValueError:
         return None
-    return pixels, (height, width), "L" if colours == "Gray" else "RGB"
+    return pixels, "L" if colours == "Gray" else "RGB"
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp
-from carft_ray.data.images import MOST_BYTES, decode_image, read_bytes, small_image, unreadable
+from carft_ray.data.images import MOST_BYTES, decode_image, decoded_image, read_bytes, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
 from carft_ray.errors import DataError, Problem
@@ -306,16 +306,11 @@ class StoredSource:
         """
         return self.listing.decode(content, int(self.rows[index]), self.max_pixels)
 
-    def small(self, index: int, content: bytes, side: int) -> tuple[PixelArray, tuple[int, int], str]:
-        """Returns image ``index`` for thumbnails from its bytes: ``images.small_image``.
-
-        Raises:
-            DataError: They are no image.
-        """
-        if not (self.listing.planes or self.listing.frame):
-            return small_image(content, self.place(index), side, self.max_pixels)
-        pixels = self.decode(content, index)
-        return pixels, (pixels.shape[0], pixels.shape[1]), "RGB"
+    def decoded(self, content: bytes, index: int) -> tuple[PixelArray, str]:
+        """Returns the pixels of ``decode``, whose arguments and errors it has, and Pillow's mode of the file."""
+        if self.listing.planes or self.listing.frame:
+            return self.decode(content, index), "RGB"
+        return decoded_image(content, self.place(index), self.max_pixels)
 
     def without(self, unwanted: Sequence[int]) -> "StoredSource":
         """Returns the source without the images at these indices, which it names as skipped."""

@@ -1,8 +1,8 @@
 """What one reading of a set's files has found. Every command takes it from the cache, and reads no file again.
 
-Of each image: the hash of its bytes and their number, the thumbnails by which the same picture is known
-(``data.copies.find``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
-nothing is kept that shows its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
+Of each image: the hash of its bytes and their number, the hash of its pixels, the thumbnail by which the same picture
+is found (``data.copies.find``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
+only the thumbnails show pictures before `test`; one that cannot be decoded has an empty thumbnail.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
 - **Freshness.** The key is a hash of the place of the set and of its fingerprint: names, sizes and dates of the files.
@@ -12,18 +12,13 @@ nothing is kept that shows its pictures before `test` but thumbnails; one that c
   continues from there. Files that cannot be read are reported and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.
 
-The grey picture of 128 x 128 pixels that decides on candidates (``data.same_picture``) is not kept: 16 kB an
-image would be 21 GB for ImageNet. The candidates, which are few, are read a second time.
-
-Shape letters: N images of a set, V = 4 views.
+Shape letters: N images of a set.
 """
 
 import json
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +28,28 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.cache import key_of, made_once
-from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
+from carft_ray.data.content import DIGEST_BYTES, image_digest, pixel_digest, reading_threads
 from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.same_picture import WHOLE, Box, inside_border
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 5  # rises when other things are found in the same files
+FORMAT_VERSION = 6  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
-SIDE = 8  # pixels of a thumbnail
-VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
-NUM_VIEWS = len(VIEWS) + 1
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as Pillow has it
-SHORT_SIDE = 40  # pixels of a side that are enough for views
-BORDER_SIDE = 192  # and to see where a border ends
+SIDE = 16  # pixels of a thumbnail
 NUM_NAMED = 3  # images that a warning names
 
 OnProgress = Callable[[int, int], None]
 
-
-_SHAPE = (NUM_VIEWS, SIDE, SIDE, 3)
-_BLACK = bytes(math.prod(_SHAPE))
 _MODE_BYTES = 8
 _UNREAD = -1  # number of bytes of a file that cannot be read
 _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {  # type, and the value for a file that cannot be read
     "digest": (pa.binary(DIGEST_BYTES), bytes(DIGEST_BYTES)),
     "num_bytes": (pa.int64(), _UNREAD),
-    "thumbnails": (pa.binary(len(_BLACK)), _BLACK),
+    "pixels": (pa.binary(DIGEST_BYTES), bytes(DIGEST_BYTES)),
+    "thumbnail": (pa.binary(3 * SIDE**2), bytes(3 * SIDE**2)),
     "problem": (pa.string(), None),
     "height": (pa.int64(), 0),
     "width": (pa.int64(), 0),
@@ -78,7 +65,8 @@ class Records:
 
     Attributes:
         digests: Hash of every file (of the pixels where there is none), uint8 [N, 16]; 0 where it cannot be read.
-        thumbnails: Of each view, uint8 [N, 4, 8, 8, 3]; black where a picture cannot be decoded.
+        pixels: Hash of every picture, uint8 [N, 16]; that of the file where it cannot be decoded.
+        thumbnails: Every picture as ``thumbnail_of``, uint8 [N, 16, 16, 3]; zeros where it cannot be decoded.
         num_bytes: Of every file, int64 [N]; negative where it cannot be read.
         problems: Why an image cannot be read or decoded, by its index; of a test set only why it cannot be read.
         heights: Pixels, int64 [N], 0 where a picture cannot be decoded, and in a test set.
@@ -87,6 +75,7 @@ class Records:
     """
 
     digests: PixelArray
+    pixels: PixelArray
     thumbnails: PixelArray
     num_bytes: IntArray = field(default_factory=lambda: _NO_NUMBERS)
     problems: dict[int, Problem] = field(default_factory=dict)
@@ -140,70 +129,16 @@ def records(
         for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
     }
     num_bytes, heights, widths = (_column(table, name).view(np.int64) for name in ("num_bytes", "height", "width"))
-    digests = _column(table, "digest").reshape(-1, DIGEST_BYTES)
-    thumbnails = _column(table, "thumbnails").reshape(-1, *_SHAPE)
+    digests, pixels = (_column(table, name).reshape(-1, DIGEST_BYTES) for name in ("digest", "pixels"))
+    thumbnails = _column(table, "thumbnail").reshape(-1, SIDE, SIDE, 3)
     modes = _column(table, "mode").view(f"S{_MODE_BYTES}")
-    return Records(digests, thumbnails, num_bytes, problems, heights, widths, modes)
+    return Records(digests, pixels, thumbnails, num_bytes, problems, heights, widths, modes)
 
 
-def thumbnails_of(pixels: PixelArray, whole: Callable[[], PixelArray] | None = None) -> PixelArray:
-    """Returns the mean colours of 8 x 8 tiles of each view of a picture, uint8 [4, 8, 8, 3].
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        whole: Where ``pixels`` show the picture smaller (``images.small_image``), all of it: to see where a border
-            ends.
-    """
-    small = _reduced(pixels, SHORT_SIDE)
-    views = _means(small, pixels.shape if whole is None else (0, 0))
-    if inside_border(_grey(small)) == WHOLE:
-        return np.concatenate([views, views[:1]])
-    if whole is not None:
-        return thumbnails_of(whole())
-    fine = _reduced(pixels, BORDER_SIDE)
-    left, right, top, bottom = inside_border(_grey(fine))
-    rows, columns = fine.shape[:2]
-    inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
-    return np.concatenate([views, _means(_reduced(inside, SHORT_SIDE), inside.shape)[:1]])
-
-
-def _grey(pixels: PixelArray) -> PixelArray:
-    return np.asarray(pixels @ _GREY + 0.5, np.uint8)
-
-
-def _reduced(pixels: PixelArray, side: int) -> PixelArray:
-    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many."""
-    down, across = (max(1, length // side) for length in pixels.shape[:2])
-    return pixels if down == across == 1 else np.asarray(Image.fromarray(pixels).reduce((across, down)))
-
-
-def _means(pixels: PixelArray, original: tuple[int, ...]) -> PixelArray:
-    """Returns the means of the tiles of the ``VIEWS`` of a picture, uint8 [3, 8, 8, 3].
-
-    Args:
-        pixels: uint8 [h, w, 3].
-        original: How many pixels high and wide it was before it was reduced, between which tiles end; 0: anywhere.
-    """
-    height, width, channels = pixels.shape
-    rows = _shares(height, original[0]).reshape(-1, height) @ pixels.reshape(height, -1).astype(np.float32)
-    tiles = _shares(width, original[1])[:, None] @ rows.reshape(len(VIEWS), SIDE, width, channels)
-    return np.asarray(tiles + 0.5, np.uint8)
-
-
-@lru_cache
-def _shares(length: int, original: int) -> npt.NDArray[np.float32]:
-    """Returns how much of each tile of the ``VIEWS`` is of which pixel along a side, float32 [3, 8, length]."""
-    low, high = np.array([view[:2] for view in VIEWS]).T[:, :, None]
-    edges = low + (high - low) * np.arange(SIDE + 1) / SIDE
-    if original * (high - low).min() >= SIDE:  # else some would have no pixel
-        edges = np.floor(original * edges + 0.5) / original
-    step, size = (
-        max(1, original // SHORT_SIDE),
-        original or length,
-    )  # the last may be a part of one
-    ends = np.minimum(np.arange(length + 1) * step, size) / size
-    passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
-    return np.asarray(np.diff(passed.clip(0, 1)), np.float32)
+def thumbnail_of(pixels: PixelArray) -> PixelArray:
+    """Returns a picture, uint8 [H, W, 3], squeezed into a square, uint8 [16, 16, 3]: Y, Cb, Cr as JPEG has them."""
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return np.asarray(small.convert("YCbCr"))
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -253,20 +188,18 @@ def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
         content = source.content(index)
     except DataError as error:
         return {**row, "problem": _as_text(error)}
-    row["digest"], row["num_bytes"] = image_digest(content), len(content)
-    whole = None
+    row["digest"] = row["pixels"] = image_digest(content)
+    row["num_bytes"] = len(content)
     try:
-        if isinstance(source, StoredSource):
-            pixels, (height, width), mode = source.small(index, content, SHORT_SIDE)
-            whole = None if pixels.shape[:2] == (height, width) else partial(source.decode, content, index)
-        else:
-            pixels = source.pixels(index)
-            (height, width), mode = pixels.shape[:2], "RGB"
-        row["thumbnails"] = thumbnails_of(pixels, whole).tobytes()
+        pixels, mode = (
+            source.decoded(content, index) if isinstance(source, StoredSource) else (source.pixels(index), "RGB")
+        )
     except DataError as error:
         return {**row, "problem": None if is_test else _as_text(error)}
-    seen = {"height": height, "width": width, "mode": mode.encode().ljust(_MODE_BYTES, b"\0")}
-    return row if is_test else row | seen  # what the images of a test set look like is not kept
+    row["pixels"], row["thumbnail"] = pixel_digest(pixels), thumbnail_of(pixels).tobytes()
+    if not is_test:  # what the images of a test set look like is not kept
+        row["height"], row["width"], row["mode"] = *pixels.shape[:2], mode.encode().ljust(_MODE_BYTES, b"\0")
+    return row
 
 
 def _as_text(error: DataError) -> str:

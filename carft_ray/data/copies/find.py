@@ -3,32 +3,29 @@
 Two images are the same when
 
 - their files have the same bytes (copies, renamed files, links, other class folders), or
-- they show one picture (saved in another format or at another size, slightly cropped, bordered, with a small mark).
+- they show one picture: the same pixels, or almost the same thumbnail (saved in another format or at another size).
 
-The second is found in two steps. Thumbnails name candidates, among all images quickly; each candidate is then compared
-again with more pixels (``data.same_picture``), which separates drawings whose thumbnails agree.
+Thumbnails have 16 x 16 pixels, brightness and two colours (``data.records``). Two images are candidates if their
+difference hashes (``hashes``, 256 bits) differ in at most ``MOST_BITS``. Candidates show one picture if their
+thumbnails are at most ``LIMIT`` apart in brightness, without gain and offset, and their mean colours at most ``COLOUR``
+(``distances``). docs/duplicates.md says how many copies are found, measured on real images, drawings and the sandbox.
+Crops, borders and marks are mostly not found.
 
-A thumbnail is a view of the picture averaged over 8 x 8 tiles, compared as brightness (8 x 8) and colour (4 x 4,
-weighted twice), since that is what JPEG keeps. Their distance, divided by the contrast of the two views, must be below
-``TOLERANCE``. There are four views: the whole; without 5 % on each side, as a crop shows it; the middle, which marks at
-the edges spare; and what lies inside a border. ``MATCHED`` says which are compared with which. docs/duplicates.md says
-what of all this is found, measured on real images and on the sandbox.
+``LIMIT`` lies between copies and other pictures of PACS (9,991 real images of four domains): made copies (PNG, JPEG 90
+and 75, half and double size) have distances up to .011, and other drawings from .023 on. Hashes of copies within
+``LIMIT`` differ in up to 21 bits, and their mean colours by up to 5.3 levels (drawings of 64 pixels as JPEG 75).
 
-Not found are mirrored or rotated copies, larger or one-sided crops, strong changes of colours, large marks, other
-photos of the same scene, neighbouring frames of a video, and re-encoded copies of pictures that are all but one colour.
-
-Before `test`, test images are read by ``data.records`` alone, for hashes and thumbnails, and by this module, for the
-candidates. It sees neither labels nor a model, and nothing leaves it but names and pictures of images that stand in two
+Before `test`, test images are read by ``data.records`` alone, for hashes and thumbnails, and these are compared here.
+This module sees neither labels nor a model, and nothing leaves it but names and pictures of images that stand in two
 roles.
 
-Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K pairs.
+Shape letters: N images of a set, M of another, K pairs, S = 16 pixels of a thumbnail, W = 4 words of a hash.
 """
 
-import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +36,12 @@ import numpy.typing as npt
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.content import reading_threads
+from carft_ray.data.content import in_order
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set, plain_place
-from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, records
+from carft_ray.data.records import NUM_NAMED, OnProgress, Records, records
 from carft_ray.data.role_checks import may_share
-from carft_ray.data.same_picture import LIMIT, GreyPicture, grey_picture, picture_distance
 from carft_ray.data.selection import unlabelled_source
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem, StorageError
@@ -55,25 +51,24 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.words import time_left
 
-FORMAT_VERSION = 3  # rises when other pairs are found in the same records
-INSIDE = len(VIEWS)
-MATCHED = ((0, 0), (0, 1), (1, 0), (2, 2), (0, INSIDE), (INSIDE, 0), (INSIDE, INSIDE))  # views of two images
-TOLERANCE = 0.25  # largest distance of two thumbnails of candidates, relative to their contrast
-NEAREST = 8  # candidates of an image that are compared: of frames of a video each is one of all others
-FLOOR = 10.0  # variance, in squared grey levels, below which contrast is rounding and compression
-LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be known by
+FORMAT_VERSION = 4  # rises when other pairs are found in the same records
+MOST_BITS = 24  # of 256, by which the hashes of candidates differ
+STEP_UP = 3.0  # grey levels from which on a step up sets a bit: below are noise and compression
+NEAREST = 64  # candidates of an image that are compared: of frames of a video each is one of all others
+LIMIT = 0.02  # largest distance of two thumbnails of one picture
+COLOUR = 6.0  # levels of blue and red (Cb and Cr of JPEG) together, by which the mean colours of one picture differ
+FLOOR = 30.0  # contrast, in grey levels, of which a distance is half of what it is among strong ones
+LEAST_CONTRAST = 2.0  # a picture below it has only its bytes and pixels to be known by
 NUM_EXAMPLES = 2
 STEP = (
     "Write data.shared_images: drop, which keeps them only in the role nearest to the test, or remove them from one of "
     "the two sets. List all of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
-GREY_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
 
 _Floats = npt.NDArray[np.float32]
-_BLOCK = 2048  # rows compared at a time
-_Found = tuple[int, int, Literal["same bytes", "same picture"], float]  # index of both images, how, distance
+_ROWS, _BLOCK = 16, 8192  # images of the second and of the first set that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class SharedPair:
         first: The one of the set that the recipe names first.
         second: The other.
         how: By what they were found.
-        distance: That of ``same_picture.picture_distance``; 0 for the same bytes.
+        distance: Of the thumbnails (``distances``); 0 for the same bytes or pixels.
     """
 
     first: SharedImage
@@ -142,6 +137,7 @@ class _Set:
     role: str
     spec: SetSpec
     source: Source
+    records: Records
 
 
 def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
@@ -149,8 +145,8 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
 
     Of a corrupted set the images without corruptions are compared; ``role_checks.may_share`` says which may.
 
-    Every stored file is read once (``data.records``), and candidates once more; what was found stays in the cache, so
-    the next call only checks dates. A test set that cannot be read is passed over, with a warning in the log: it may
+    Every stored file is read once (``data.records``); what was found stays in the cache, so the next call only checks
+    dates. A test set that cannot be read is passed over, with a warning in the log: it may
     be kept under lock. Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the
     log names them.
 
@@ -160,8 +156,8 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
         say: Called with what is being done where that takes time.
 
     Returns:
-        Every image that is shared stands in a pair. Of many with the same bytes, and of more than ``NEAREST`` alike,
-        not each stands with each.
+        Every image that is shared stands in a pair. Of many with the same pixels, and of more than ``NEAREST``
+        alike, not each stands with each.
 
     Raises:
         DataError: An image of training or validation cannot be read.
@@ -170,8 +166,7 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
     specs = named_sets(recipe)
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
         return []
-    places = {path: plain_place(path, spec) for path, spec in specs.items()}
-    opened = (_open(spec, places[path], str(path[1]), cache_dir, say) for path, spec in specs.items())
+    opened = (_open(spec, plain_place(path, spec), str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
     key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {identity(each.source)}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
@@ -199,163 +194,119 @@ def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
     return problems
 
 
-def same_bytes(first: Records, second: Records) -> IntArray:
-    """Returns pairs of indices of images with the same bytes, int64 [K, 2], each of them at least once."""
-    mine = {row.tobytes(): index for index, row in reversed(list(enumerate(first.digests)))}
-    theirs = {row.tobytes(): index for index, row in reversed(list(enumerate(second.digests)))}
-    pairs = [(mine[key], j) for j, row in enumerate(second.digests) if (key := row.tobytes()) in mine]
-    pairs += [
-        (i, theirs[key]) for i, row in enumerate(first.digests) if (key := row.tobytes()) in theirs and i != mine[key]
-    ]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+def same_pixels(first: Records, second: Records) -> IntArray:
+    """Returns pairs of indices of images with the same pixels, int64 [K, 2], each of them at least once.
+
+    The same bytes are the same pixels, also in files that cannot be decoded.
+    """
+    mine, theirs = ({row.tobytes(): index for index, row in enumerate(each.pixels)} for each in (first, second))
+    pairs = {(mine[key], j) for j, row in enumerate(second.pixels) if (key := row.tobytes()) in mine}
+    pairs |= {(i, theirs[key]) for i, row in enumerate(first.pixels) if (key := row.tobytes()) in theirs}
+    return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
 
 
-def candidates(first: Records, second: Records) -> IntArray:
-    """Returns pairs of indices of images that may show one picture, and differ in their bytes.
+def hashes(thumbnails: PixelArray) -> npt.NDArray[np.uint64]:
+    """Returns the difference hash of thumbnails, uint64 [W, N]: where the picture gets brighter.
+
+    A bit says whether a tile is ``STEP_UP`` brighter than the one to its left (of 8 x 16 tiles) or above it (16 x 8);
+    before the first comes the last.
+
+    Args:
+        thumbnails: uint8 [N, S, S, 3].
+    """
+    found = [np.empty((0, 4), np.uint64)]
+    for start in range(0, len(thumbnails), _BLOCK):
+        grey = thumbnails[start : start + _BLOCK, ..., 0].astype(np.float32)
+        wide, high = grey.reshape(-1, 8, 2, 16).mean(2), grey.reshape(-1, 16, 8, 2).mean(3)
+        steps = [wide - np.roll(wide, 1, axis=2), high - np.roll(high, 1, axis=1)]
+        bits = np.concatenate([step.reshape(len(grey), -1) > STEP_UP for step in steps], axis=1)
+        found.append(np.packbits(bits, axis=1).view(np.uint64))
+    return np.ascontiguousarray(np.concatenate(found).T)
+
+
+def same_pictures(
+    first: Records, second: Records, on_progress: OnProgress = lambda done, total: None
+) -> tuple[IntArray, _Floats]:
+    """Returns images that show one picture; hashes are compared block by block, by several threads.
+
+    Args:
+        first: What is known of a set.
+        second: Of another.
+        on_progress: Called with the number of images of the second that are compared, and of all.
 
     Returns:
-        int64 [K, 2], sorted by the second; for each of the second set the ``NEAREST``.
+        Pairs of indices, int64 [K, 2]; the distance of each, float32 [K], 0 for the same pixels.
     """
-    pairs, apart = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
-    for mine, theirs in MATCHED:
-        rows_N, rows_M = _with_view(first.thumbnails, mine), _with_view(second.thumbnails, theirs)
-        for i, j, distance in alike(first.thumbnails[rows_N, mine], second.thumbnails[rows_M, theirs]):
-            found = np.stack([rows_N[i], rows_M[j]], axis=1)
-            other = (first.digests[found[:, 0]] != second.digests[found[:, 1]]).any(1)
-            near = _nearest(found[other], distance[other])
-            pairs.append(found[other][near])
-            apart.append(distance[other][near])
-    whole, distance = np.concatenate(pairs), np.concatenate(apart)
-    order = np.argsort(distance, kind="stable")
-    whole, once = np.unique(whole[order], axis=0, return_index=True)
-    return whole[_nearest(whole, distance[order][once])]
+    mine_WN, theirs_WM = hashes(first.thumbnails), hashes(second.thumbnails)
 
+    def compared(number: int) -> tuple[IntArray, _Floats]:
+        pairs_K2, bits_K = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
+        begin = number * _ROWS
+        for start in range(0, mine_WN.shape[1], _BLOCK):
+            differ_WMN = theirs_WM[:, begin : begin + _ROWS, None] ^ mine_WN[:, None, start : start + _BLOCK]
+            bits_MN = np.bitwise_count(differ_WMN).sum(0, dtype=np.uint8)  # 256 would be 0, and ends at the distance
+            j, i = np.nonzero(bits_MN <= MOST_BITS)
+            other = (first.pixels[start + i] != second.pixels[begin + j]).any(1)
+            pairs_K2 = np.concatenate([pairs_K2, np.stack([start + i, begin + j], axis=1)[other]])
+            bits_K = np.concatenate([bits_K, bits_MN[j, i][other]])
+            order_K = np.lexsort((bits_K, pairs_K2[:, 1]))
+            of_one_K = pairs_K2[order_K, 1]
+            nearest = order_K[np.arange(len(of_one_K)) - np.searchsorted(of_one_K, of_one_K) < NEAREST]
+            pairs_K2, bits_K = pairs_K2[nearest], bits_K[nearest]
+        apart_K = distances(first.thumbnails[pairs_K2[:, 0]], second.thumbnails[pairs_K2[:, 1]])
+        return pairs_K2[apart_K <= LIMIT], apart_K[apart_K <= LIMIT]
 
-def _with_view(thumbnails: PixelArray, view: int) -> IntArray:
-    """Returns the images that have a view of its own: the inside of a border is that of those with a border."""
-    if view != INSIDE:
-        return np.arange(len(thumbnails))
-    return np.flatnonzero((thumbnails[:, INSIDE] != thumbnails[:, 0]).any((1, 2, 3)))
-
-
-def _nearest(pairs: IntArray, distance: _Floats) -> IntArray:
-    """Returns which pairs, int64 [K, 2], are among the ``NEAREST`` of their second index, sorted by that."""
-    order = np.lexsort((distance, pairs[:, 1]))
-    ordered = pairs[order, 1]
-    return np.asarray(order[np.arange(len(ordered)) - np.searchsorted(ordered, ordered) < NEAREST])
+    equal_K2, total = same_pixels(first, second), theirs_WM.shape[1]
+    found, apart = [equal_K2], [np.zeros(len(equal_K2), np.float32)]
+    for number, (pairs_K2, apart_K) in enumerate(in_order(compared, math.ceil(total / _ROWS)), start=1):
+        found.append(pairs_K2)
+        apart.append(apart_K)
+        on_progress(min(number * _ROWS, total), total)
+    return np.concatenate(found), np.concatenate(apart)
 
 
 def distances(first: PixelArray, second: PixelArray) -> _Floats:
-    """Returns the distance of thumbnails, pair by pair: root mean square over brightness and colour, over contrast.
+    """Returns how far thumbnails are apart, pair by pair, the same in either order; ``LIMIT`` is the limit.
+
+    It is the mean absolute difference of the grey levels after their mean is subtracted and their standard deviation is
+    divided out, less where that is small: noise and compression are so many grey levels whatever the picture. It is
+    infinite without contrast, and if the mean colours differ by more than ``COLOUR``.
 
     Args:
-        first: uint8 [N, 8, 8, 3].
-        second: uint8 [N, 8, 8, 3].
+        first: uint8 [K, S, S, 3].
+        second: uint8 [K, S, S, 3].
 
     Returns:
-        float32 [N]; ``TOLERANCE`` is the limit. Infinite where a picture has no contrast.
+        float32 [K].
     """
-    (x_NF, contrast_N), (y_NF, other_N) = _features(first), _features(second)
-    squared_N = np.square(x_NF - y_NF).sum(1) / np.sqrt((contrast_N + FLOOR) * (other_N + FLOOR))
-    return np.where(np.minimum(contrast_N, other_N) < LEAST_CONTRAST, np.inf, np.sqrt(squared_N)).astype(np.float32)
+    (x_KSS, x_K2), (y_KSS, y_K2) = _centred(first), _centred(second)
+    of_x_K, of_y_K = (np.maximum(each.std((1, 2)), 1e-3) for each in (x_KSS, y_KSS))
+    contrast_K = np.sqrt(of_x_K * of_y_K)
+    apart_K = np.abs(x_KSS / of_x_K[:, None, None] - y_KSS / of_y_K[:, None, None]).mean((1, 2))
+    are_other_K = (np.abs(x_K2 - y_K2).sum(1) > COLOUR) | (np.minimum(of_x_K, of_y_K) < LEAST_CONTRAST)
+    return np.where(are_other_K, np.inf, apart_K * contrast_K / (contrast_K + FLOOR)).astype(np.float32)
 
 
-def alike(first: PixelArray, second: PixelArray) -> Iterator[tuple[IntArray, IntArray, _Floats]]:
-    """Yields pairs of indices of thumbnails within the tolerance, int64 [K] each, and distances, a block at a time.
-
-    With its mean taken off, the floor as one more feature, and length 1, a picture is a point; the points of pictures
-    x, y are at most ``|x - y| / sqrt(|x| |y|)`` apart (Dunkl and Williams 1964), which is at most the distance
-    that decides. So what agrees has points nearer than the tolerance, and so have their projections on any axis:
-    sorted along the axis on which the first set is widest, only a stretch of it is compared.
-    """
-    points_NF, kept_N = _points(first)
-    others_MF, kept_M = _points(second)
-    if not len(kept_N) or not len(kept_M):
-        return
-    axis_F = np.linalg.eigh(np.cov(points_NF.T) if len(points_NF) > 1 else np.eye(points_NF.shape[1]))[1][:, -1]
-    axis_F = axis_F.astype(np.float32)
-    order_N, order_M = np.argsort(points_NF @ axis_F), np.argsort(others_MF @ axis_F)
-    points_NF, kept_N, others_MF, kept_M = points_NF[order_N], kept_N[order_N], others_MF[order_M], kept_M[order_M]
-    along_N, along_M = points_NF @ axis_F, others_MF @ axis_F
-    margin, least_cosine = TOLERANCE + 1e-3, 1 - (TOLERANCE + 1e-3) ** 2 / 2  # float32 rounds
-    for start in range(0, len(others_MF), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(others_MF)))
-        low = np.searchsorted(along_N, along_M[block.start] - margin)
-        high = np.searchsorted(along_N, along_M[block.stop - 1] + margin, side="right")
-        for begin in range(low, high, _BLOCK):
-            end = min(begin + _BLOCK, high)
-            here, there = np.nonzero(points_NF[begin:end] @ others_MF[block].T >= least_cosine)
-            i, j = kept_N[begin + here], kept_M[block.start + there]
-            apart = distances(first[i], second[j])
-            same = apart <= TOLERANCE
-            yield i[same], j[same], apart[same]
-
-
-def _points(thumbnails: PixelArray) -> tuple[_Floats, IntArray]:
-    """Returns the points of thumbnails with contrast, float32 [K, F + 1] of length 1, and their indices, int64 [K]."""
-    parts, indices = [np.empty((0, _NUM_FEATURES + 1), np.float32)], [np.empty(0, np.int64)]
-    for start in range(0, len(thumbnails), 1 << 16):
-        features_NF, contrast_N = _features(thumbnails[start : start + (1 << 16)])
-        kept = np.flatnonzero(contrast_N >= LEAST_CONTRAST)
-        centred = np.concatenate([_centred(part) for part in np.split(features_NF[kept], _PARTS, axis=1)], axis=1)
-        whole = np.concatenate([centred, np.full((len(kept), 1), FLOOR**0.5, np.float32)], axis=1)
-        parts.append(whole / np.linalg.norm(whole, axis=1, keepdims=True))
-        indices.append(kept + start)
-    return np.concatenate(parts), np.concatenate(indices)
-
-
-_PARTS = (SIDE**2, SIDE**2 + SIDE**2 // 4)  # where brightness ends, and blue
-_NUM_FEATURES = SIDE**2 + SIDE**2 // 2
-
-
-def _features(thumbnails: PixelArray) -> tuple[_Floats, _Floats]:
-    """Returns brightness, blue and red (Y, Cb, Cr of JPEG, without offset) scaled so that the squared distance of two
-    rows is the mean squared difference, colours weighted by 2; float32 [N, F], and the same variance, float32 [N]."""
-    red, green, blue = np.moveaxis(thumbnails.astype(np.float32), -1, 0)
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue
-    parts = [bright.reshape(-1, SIDE**2) / SIDE]
-    for colour in (0.564 * (blue - bright), 0.713 * (red - bright)):
-        half = colour.reshape(-1, SIDE // 2, 2, SIDE // 2, 2).mean((2, 4))
-        parts.append(half.reshape(-1, SIDE**2 // 4) * np.float32(2**0.5 / (SIDE // 2)))
-    contrast_N = sum(np.square(_centred(part)).sum(1) for part in parts)
-    return np.concatenate(parts, axis=1), np.asarray(contrast_N, np.float32)
-
-
-def _centred(part: _Floats) -> _Floats:
-    return np.asarray(part - part.mean(1, keepdims=True))
+def _centred(thumbnails: PixelArray) -> tuple[_Floats, _Floats]:
+    """Returns brightness less its mean, float32 [K, S, S], and the mean of both colours, float32 [K, 2]."""
+    means_K3 = thumbnails.mean((1, 2), dtype=np.float32)
+    return thumbnails[..., 0] - means_K3[:, :1, None], means_K3[:, 1:]
 
 
 def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[Any]:
-    """Compares the sets of different roles, and keeps the pairs where all sets can be read."""
-    known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, path.parent, say))]
+    """Compares the sets of different roles, and keeps the pairs."""
     rows: list[Any] = []
-    for (a, mine), (b, theirs) in itertools.combinations(known, 2):
-        first, second = sets[a], sets[b]
+    for (a, first), (b, second) in itertools.combinations(enumerate(sets), 2):
         with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
-        if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
-            rows += [(a, b, *found) for found in _compare(first, mine, second, theirs, say)]
-    if len(known) == len(sets):
-        write_json(path, {"format_version": FORMAT_VERSION, "pairs": rows})
+        if not with_files or may_share((first.role, first.spec), (second.role, second.spec)):
+            continue
+        on_progress = time_left(say, f"comparing {first.place} and {second.place}")
+        pairs_K2, apart_K = same_pictures(first.records, second.records, on_progress)
+        same_K = (first.records.digests[pairs_K2[:, 0]] == second.records.digests[pairs_K2[:, 1]]).all(1)
+        for (i, j), is_copy, distance in zip(pairs_K2.tolist(), same_K.tolist(), apart_K.tolist(), strict=True):
+            rows.append((a, b, i, j, "same bytes" if is_copy else "same picture", distance))
+    write_json(path, {"format_version": FORMAT_VERSION, "pairs": rows})
     return rows
-
-
-def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Callable[[str], None]) -> list[_Found]:
-    @functools.lru_cache(GREY_KEPT)
-    def grey_at(is_second: bool, index: int) -> GreyPicture:
-        return grey_picture((second if is_second else first).source.pixels(index))
-
-    def distance_of(pair: tuple[int, int]) -> float:
-        return picture_distance(grey_at(False, pair[0]), grey_at(True, pair[1]))
-
-    found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
-    maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
-    on_progress = time_left(say, f"comparing {first.place} and {second.place}, pictures that may be the same")
-    with ThreadPoolExecutor(reading_threads()) as pool:
-        for number, (pair, distance) in enumerate(zip(maybe, pool.map(distance_of, maybe), strict=True), start=1):
-            on_progress(number, len(maybe))
-            if distance <= LIMIT:
-                found.append((*pair, "same picture", distance))
-    return found
 
 
 def _kept(path: Path) -> list[Any] | None:
@@ -367,38 +318,22 @@ def _kept(path: Path) -> list[Any] | None:
 
 
 def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[str], None]) -> _Set | None:
-    """Opens a set without looking at its classes; None for a test set that cannot be listed."""
-    images = plain(spec)
-    if not isinstance(images, StoredSet):
-        return _Set(place, role, spec, open_source(images, place, None))
+    """Opens and reads a set without looking at its classes; None for a test set that cannot be read."""
+    images, is_test = plain(spec), role in TEST_ROLES
+    on_progress = time_left(say, f"reading the images of {place}")
     try:
-        source = unlabelled_source(list_set(images, place), images, place)
-        if images.on_bad_image == "skip" and role not in TEST_ROLES:
-            source = without_bad_images(source, cache_dir, time_left(say, f"reading the images of {place}"))
-        if not len(source):
-            raise DataError(Problem(place, "must have an image"))
-        identity(source)  # asks for size and date of each file
-        return _Set(place, role, spec, source)
+        if isinstance(images, StoredSet):
+            whole = unlabelled_source(list_set(images, place), images, place)
+            skips = images.on_bad_image == "skip" and not is_test
+            source: Source = without_bad_images(whole, cache_dir, on_progress) if skips else whole
+        else:
+            source = open_source(images, place, None)
+        known = records(source, cache_dir, is_test, on_progress)
+        if known.problems:
+            raise DataError(list(known.problems.values())[:NUM_NAMED])
     except DataError as error:
-        _pass_over(place, role, error)
+        if not is_test:
+            raise
+        _log.warning("It is unknown whether %s shares images with another role: %s", place, error.problems[0])
         return None
-
-
-def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records | None:
-    """Returns what is known of a set; None for a test set with files that cannot be read."""
-    try:
-        on_progress = time_left(say, f"reading the images of {each.place}")
-        found = records(each.source, cache_dir, each.role in TEST_ROLES, on_progress)
-        if found.problems:
-            raise DataError(list(found.problems.values())[:NUM_NAMED])
-    except DataError as error:
-        _pass_over(each.place, each.role, error)
-        return None
-    return found
-
-
-def _pass_over(place: str, role: str, error: DataError) -> None:
-    """Warns of a test set that cannot be read; of other sets that is an error."""
-    if role not in TEST_ROLES:
-        raise error
-    _log.warning("It is unknown whether %s shares images with another role: %s", place, error.problems[0])
+    return _Set(place, role, spec, source, known)

@@ -3,34 +3,39 @@
 With ``drop`` an image stays in the role nearest to the test (``NEAREST_FIRST``) and leaves the others. Images of test
 sets never leave. Pairs that share an image belong together: of A ~ B ~ C in three roles the one nearest to the test
 stays. The list is made once, after parts and shots, before anything is trained: ``shared_images.csv`` in the folder of
-the study, a row per pair. Every later command reads it (``without_shared``).
+the study, a row per pair. Every later command reads it (``without_shared``). For people, ``write_pairs`` writes the
+pairs as a CSV table, or as a page with the pictures side by side.
 """
 
+import base64
 import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Template
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.data.copies.find import SharedImage, SharedPair, shared_pairs, shared_problems
+from carft_ray.data.copies.find import LIMIT, NUM_EXAMPLES, SharedImage, SharedPair, shared_pairs, shared_problems
+from carft_ray.data.images import small_jpeg
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import excluded_ids, plain_place
 from carft_ray.data.role_checks import check_roles, may_share
-from carft_ray.errors import HoldOutError, Problem, StorageError
+from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet
-from carft_ray.untrusted import csv_cell, of_csv_cell
+from carft_ray.untrusted import csv_cell, html, of_csv_cell
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
 LEAVES: Literal["leaves"] = "leaves"
 STAYS: Literal["stays"] = "stays"
-NUM_EXAMPLES = 2
+MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
+SIDE, QUALITY = 240, 85  # of a shown picture: pixels, and of JPEG
 LIMIT_STEP = (
     "The roles are likely wrong. Give each role images of its own, or write data.shared_images: keep, or a larger "
     "data.shared_limit. Inspect the pairs first: carft-ray doctor RECIPE --pairs pairs.html"
@@ -53,7 +58,7 @@ class SharedRow:
         other_sample_id: Its sample id.
         other_done: As ``done``.
         found_by: ``same bytes`` or ``same picture``.
-        distance: Of the two pictures (``same_picture.picture_distance``); 0 for the same bytes.
+        distance: Of the two pictures (``find.distances``); 0 for the same bytes or pixels.
     """
 
     set: str
@@ -77,6 +82,7 @@ class SharedRow:
 
 
 COLUMNS = [field.name for field in fields(SharedRow)]
+PAIR_COLUMNS = [name for name in COLUMNS if not name.endswith("done")]
 
 
 def shared_of_study(
@@ -123,14 +129,18 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
         HoldOutError: The policy is ``fail``; or ``drop`` would leave out more than ``data.shared_limit`` of a set, a
             whole class, or an image that the sandbox draws.
     """
-    policy = recipe.data.shared_images
-    if policy == "fail" and pairs:
+    if recipe.data.shared_images == "fail" and pairs:
         raise HoldOutError(shared_problems(pairs))
     leaving: dict[_Key, SharedImage] = {}
-    if policy == "drop":
+    if recipe.data.shared_images == "drop":
+        from scipy.cluster.hierarchy import DisjointSet  # slow to import
+
         specs = {plain_place(path, spec): (str(path[1]), spec) for path, spec in named_sets(recipe).items()}
         images = {_key(image): image for pair in pairs for image in (pair.first, pair.second)}
-        for component in _components(pairs):
+        connected = DisjointSet(images)
+        for pair in pairs:
+            connected.merge(_key(pair.first), _key(pair.second))
+        for component in connected.subsets():
             stays: list[_Key] = []
             for key in sorted(component, key=lambda key: (NEAREST_FIRST.index(specs[key[0]][0]), key)):
                 role = specs[key[0]][0]
@@ -242,20 +252,48 @@ def shared_lines(rows: Sequence[SharedRow]) -> list[str]:
     return lines
 
 
+def check_pairs_path(path: Path) -> None:
+    """Raises a ``UsageError`` for a file that is neither a table nor a page."""
+    if path.suffix.lower() not in (".csv", ".html"):
+        raise UsageError(Problem("--pairs", "the name must end in .csv or .html", repr(str(path))))
+
+
+def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
+    """Writes pairs, those most alike first, as the ending of the name says; a page shows ``MOST_SHOWN`` of them.
+
+    Raises:
+        DataError: A picture of a page cannot be read.
+        StorageError: The file cannot be written.
+    """
+    ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
+    is_page = path.suffix.lower() == ".html"
+    files.write_text(path, _page(ordered) if is_page else csv_of(rows_of(ordered), PAIR_COLUMNS))
+
+
+def _page(pairs: Sequence[SharedPair]) -> str:
+    template = Template(Path(__file__).with_name("pairs.html").read_text(encoding="utf-8"))
+    title = f"Images in two roles: {counted(len(pairs), 'pair')}"
+    shown = "\n".join(map(_article, pairs[:MOST_SHOWN]))
+    rest = f"The first {MOST_SHOWN:,} are shown; a .csv file has all." if len(pairs) > MOST_SHOWN else ""
+    return template.substitute(title=title, limit=f"{LIMIT:g}", rest=rest, pairs=shown)
+
+
+def _article(pair: SharedPair) -> str:
+    pictures, words = zip(*map(_shown, (pair.first, pair.second)), strict=True)
+    heading = f"<b>{pair.how}, distance {pair.distance:.3f}</b>"
+    return f"<article>{''.join(pictures)}<div>{heading}{''.join(words)}</div></article>"
+
+
+def _shown(image: SharedImage) -> tuple[str, str]:
+    """Returns the picture of an image, and its set, its name, and its size in pixels."""
+    pixels = image.source.pixels(image.index)
+    encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
+    words = f"<p>{html(image.place)}<br>{html(image.name)}<br>{pixels.shape[1]} x {pixels.shape[0]} pixels</p>"
+    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', words
+
+
 def _key(image: SharedImage) -> _Key:
     return image.place, image.index
-
-
-def _components(pairs: Iterable[SharedPair]) -> list[set[_Key]]:
-    """Returns the images that are connected by pairs."""
-    from scipy.cluster.hierarchy import DisjointSet
-
-    images = DisjointSet()
-    for ends in ((_key(pair.first), _key(pair.second)) for pair in pairs):
-        for end in ends:
-            images.add(end)
-        images.merge(*ends)
-    return list(images.subsets())
 
 
 def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Problem]:
