@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from benchmarks.trainings import ID_TEST
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.recipe.schema.parameters import FloatParameter
+from carft_ray.recipe.schema.search import FloatParameter
 from carft_ray.results.statistics.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation
 
 EDGE = 0.05  # share of a parameter's (log) range that counts as its edge

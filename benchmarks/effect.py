@@ -43,7 +43,8 @@ from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import DEFAULT_GRID
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import OVER_SEEDS_AND_IMAGES, Interval, paired_differences
 from carft_ray.ui import console

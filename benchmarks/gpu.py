@@ -45,7 +45,8 @@ from carft_ray.environment import usable_cores
 from carft_ray.errors import CarftError
 from carft_ray.model.clip import Clip, load_clip, wrap_model
 from carft_ray.model.tower import has_compiler
-from carft_ray.recipe.schema.fine_tuning import ModelConfig, TrainConfig
+from carft_ray.recipe.schema.model import ModelConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training import loop
 from carft_ray.training.out_of_memory import is_out_of_memory
 from carft_ray.training.run_context import RunContext

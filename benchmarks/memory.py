@@ -12,7 +12,8 @@ import torch
 
 from carft_ray.errors import DataError
 from carft_ray.model.clip import load_clip
-from carft_ray.recipe.schema.fine_tuning import ModelConfig, TrainConfig
+from carft_ray.recipe.schema.model import ModelConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.memory import step_memory
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-B-16-SigLIP")

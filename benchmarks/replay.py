@@ -33,8 +33,8 @@ from carft_ray.errors import DivergedError
 from carft_ray.evaluation.alpha import choose_point
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import FloatParameter
 from carft_ray.store.record import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

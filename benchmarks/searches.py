@@ -34,8 +34,8 @@ from carft_ray.evaluation.alpha import choose_point
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema.constraints import VIOLATION
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import VIOLATION
 from carft_ray.store.record import write_result
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study

@@ -40,7 +40,7 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
 from carft_ray.data.selection import stored_source, unlabelled_source
-from carft_ray.recipe.schema.sets import FolderSet, SetSpec
+from carft_ray.recipe.schema.data import FolderSet, SetSpec
 
 READING_TARGET = 0.8
 NUM_DISTINCT = 400  # pictures: to make one takes 20 ms

@@ -34,7 +34,7 @@ from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.heads import cached_heads
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.recipe.space import apply
 from carft_ray.training import run
 from carft_ray.training.loop import fine_tune

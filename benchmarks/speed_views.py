@@ -45,8 +45,8 @@ from carft_ray.data.source import ImageSet, IntArray, PixelArray, Source
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
 from carft_ray.model.classifier import normalised
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.recipe.schema.data import FolderSet
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training import loop
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets

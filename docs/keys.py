@@ -23,12 +23,11 @@ from ruamel.yaml import YAML
 
 from carft_ray.cli import app
 from carft_ray.recipe.presets import SCHEMA
+from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.recipe.schema.fields import Config, core_type, is_config, members, resume_of
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.recipe.schema.parameters import SEARCHABLE, AnyParameter
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sampling import AnyPruner, AnySampler
-from carft_ray.recipe.schema.sets import SetSpec
+from carft_ray.recipe.schema.search import SEARCHABLE, AnyParameter, AnyPruner, AnySampler
+from carft_ray.recipe.schema.train import TrainConfig
 
 Schema = dict[str, Any]
 Tables = dict[str, list[str]]

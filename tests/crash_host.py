@@ -261,7 +261,7 @@ def import_everything():
 
     import carft_ray.cli
     import carft_ray.launch.command
-    import carft_ray.recipe.checks.advice
+    import carft_ray.recipe.rules
     import carft_ray.training.run
     import carft_ray.ui.progress  # noqa: F401
 

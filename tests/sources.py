@@ -13,8 +13,8 @@ from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import resolve_path, with_paths
+from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import SetSpec
 
 
 def absolute_paths(part, base_dir):

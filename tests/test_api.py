@@ -26,7 +26,7 @@ from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.events import Note, Started, TrialEpoch, TrialFinished, TrialStep
-from carft_ray.recipe.text import parse
+from carft_ray.recipe.yaml import parse
 from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.training import shared_inputs
 from carft_ray.ui import notebook, progress

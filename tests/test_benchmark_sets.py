@@ -18,8 +18,8 @@ from carft_ray.data.benchmarks.reader import benchmark_places, benchmark_words, 
 from carft_ray.data.class_names import class_names
 from carft_ray.data.role_checks import check_roles
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import SetSpec
 
 pytestmark = pytest.mark.slow
 

@@ -33,7 +33,7 @@ from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic.sandbox import DOMAINS, TEMPLATES, render
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.study.journal import trial_name
 from carft_ray.study.rows import trials
 from carft_ray.training.loop import same_attention

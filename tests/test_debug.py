@@ -19,7 +19,7 @@ from carft_ray.launch.command import Plan, run_search, train_once
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
-from carft_ray.recipe.checks.rules import broken_rules
+from carft_ray.recipe.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import log_of

@@ -18,7 +18,7 @@ from carft_ray.data.draft import survey
 from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
-from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.recipe.schema.data import FolderSet
 
 
 def picture(seed=0):

@@ -26,7 +26,7 @@ from carft_ray.model.classifier import build_classifier, normalised
 from carft_ray.model.device import compute_dtype, precision_words, set_up
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schedule import num_warmup_steps
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
 from carft_ray.training.loop import StoppedRun, _views, fine_tune
 from carft_ray.training.losses import Loss, context_distribution, context_entropy, context_kl

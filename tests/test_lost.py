@@ -32,7 +32,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
 from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.store.record import read_result

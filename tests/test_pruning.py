@@ -16,7 +16,7 @@ from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.ray_errors import no_successful_trial
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
-from carft_ray.recipe.schema.sampling import Pruner
+from carft_ray.recipe.schema.search import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value

@@ -11,12 +11,11 @@ from pydantic import ValidationError
 from sources import absolute_paths
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe import text
-from carft_ray.recipe.checks import advice
+from carft_ray.recipe import rules, yaml
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths, recipe_hash
-from carft_ray.recipe.schema.fine_tuning import field_kind
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sampling import GpSampler, NoPruner
+from carft_ray.recipe.schema.search import GpSampler, NoPruner
+from carft_ray.recipe.schema.train import field_kind
 from carft_ray.recipe.space import apply
 
 BASE = """\
@@ -184,7 +183,7 @@ def test_a_recipe_without_data_is_told(tmp_path):
     assert _messages(tmp_path, base="name: x\ndata:\n") == told
     assert _messages(tmp_path, base="- a\n") == ['r.yaml:1: must be a mapping of keys to values, but got ["a"]']
     told = "search.objective is only ID accuracy: data.ood_val has no set"
-    assert advice.warnings(_load(tmp_path, "search:\ntrain:\n  # none\n", base=BASE.split("  ood_val")[0])) == [told]
+    assert rules.warnings(_load(tmp_path, "search:\ntrain:\n  # none\n", base=BASE.split("  ood_val")[0])) == [told]
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
@@ -248,7 +247,7 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
     recipe = _load(tmp_path, "prompts: {templates: 'file:mine.txt'}")
     assert recipe.prompts.templates == ("a photo of a {}.", "a drawing of a {}.")
     assert _load(tmp_path, "", f"prompts.templates=file:{tmp_path / 'mine.txt'}") == recipe
-    assert Recipe.model_validate(text.parse(dump_recipe(recipe), "").value) == recipe
+    assert Recipe.model_validate(yaml.parse(dump_recipe(recipe), "").value) == recipe
     (tmp_path / "wrong.txt").write_text("a photo of a {}.\na drawing\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     os.mkfifo(tmp_path / "pipe")
@@ -349,23 +348,23 @@ WARNINGS = [
 
 @pytest.mark.parametrize(("more", "words"), WARNINGS, ids=[more[:70] for more, _ in WARNINGS])
 def test_a_setting_without_effect_is_named(tmp_path, more, words):
-    told = advice.warnings(_load(tmp_path, more))
+    told = rules.warnings(_load(tmp_path, more))
     assert [warning[: len(words or "")] for warning in told] == [word for word in [words] if word]
 
 
 def test_imagenet_v2_is_no_ood_validation_set(tmp_path):
-    (told,) = advice.warnings(_load(tmp_path, "", f"data.ood_val={{x: {BENCHMARK}name: imagenet-v2}}}}"))
+    (told,) = rules.warnings(_load(tmp_path, "", f"data.ood_val={{x: {BENCHMARK}name: imagenet-v2}}}}"))
     assert told.startswith("data.ood_val.x is ImageNet-V2, which ranks models as ID does")
 
 
 def test_what_only_a_search_minds(tmp_path):
-    assert list(map(str, advice.check_searchable(_load(tmp_path, "train: {alpha: 0.5}")))) == [
+    assert list(map(str, rules.check_searchable(_load(tmp_path, "train: {alpha: 0.5}")))) == [
         "search.space: must contain at least one parameter to search\n"
         "    Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}.",
         "train.alpha: must not be fixed in a search, which finds alpha itself, but got 0.5\n"
         "    Remove train.alpha (--set train.alpha=null).",
     ]
-    assert advice.check_searchable(_load(tmp_path, "search: {space: {kl_weight: {low: 1, high: 2}}}")) == []
+    assert rules.check_searchable(_load(tmp_path, "search: {space: {kl_weight: {low: 1, high: 2}}}")) == []
 
 
 def test_apply_sets_values_over_train_leaves_the_recipe_and_refuses_what_train_refuses(tmp_path):

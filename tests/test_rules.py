@@ -213,7 +213,7 @@ def test_no_assert_checks_what_a_user_gives():
 
 QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": "carft_ray carft_ray.environment carft_ray.recipe.loading"
-    " carft_ray.recipe.space carft_ray.recipe.checks.advice",
+    " carft_ray.recipe.space carft_ray.recipe.rules",
     "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
     " carft_ray.data.views carft_ray.data.decoded",
     # readers of a study; else `status` and the other quick verbs would take seconds

@@ -17,11 +17,11 @@ from stand_in import make_recipe
 from study_steps import finish, searching
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe.checks import advice
-from carft_ray.recipe.checks.sampler_rules import population_size
+from carft_ray.recipe import rules
 from carft_ray.recipe.loading import recipe_of
+from carft_ray.recipe.rules import population_size
 from carft_ray.recipe.schema.fields import members
-from carft_ray.recipe.schema.sampling import AnySampler
+from carft_ray.recipe.schema.search import AnySampler
 from carft_ray.recipe.space import contains, grid_index, grid_size, num_trials
 from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals import samplers
@@ -193,7 +193,7 @@ def test_a_cell_of_the_table_is_as_it_says(name, feature):
     more, parameters, check = FEATURES[feature]
     recipe = recipe_for(name, parameters, **more)
     verdict, why = CELLS[name, feature]
-    lines = [line for line in advice.warnings(recipe) if line.startswith(f"search.sampler.name {name} with ")]
+    lines = [line for line in rules.warnings(recipe) if line.startswith(f"search.sampler.name {name} with ")]
     assert [line.split(": ")[1] for line in lines] == ([why] if verdict == "warns" else [])
     check(name, recipe)
 
@@ -214,7 +214,7 @@ def test_the_examples_of_the_documentation_are_valid():
     for example in examples:
         search = YAML(typ="safe").load(textwrap.dedent(example))["search"]
         recipe = recipe_of({"data": DATA, "search": {"space": base, **search}})
-        assert [line for line in advice.warnings(recipe) if "ood_val" not in line] == []
+        assert [line for line in rules.warnings(recipe) if "ood_val" not in line] == []
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_the_grid_with_its_chains_of_conditions_is_tried_once_each_and_then_the_
     for values in [row.values for row in rows]:
         assert ("decay" in values) == values["head_bias"]
         assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
-    [line] = [line for line in advice.warnings(recipe) if "grid" in line]
+    [line] = [line for line in rules.warnings(recipe) if "grid" in line]
     assert line == "search.trials is 100, but the grid has 21 points: the search ends after 21"
 
 

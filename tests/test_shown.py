@@ -11,7 +11,7 @@ from carft_ray import cli
 from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
-from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.record import append_log
 from carft_ray.study.opening import open_study

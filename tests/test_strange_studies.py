@@ -21,8 +21,8 @@ from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
 from carft_ray.study.opening import open_study

@@ -25,7 +25,7 @@ from carft_ray.data.synthetic.corrupted import squared
 from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
 from carft_ray.errors import DataError, UsageError
-from carft_ray.recipe.schema.sets import SetSpec
+from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.study.recipe_identity import class_of
 from carft_ray.training.origin import set_contents
 from carft_ray.training.shared_inputs import forget_inputs, load_shared_inputs

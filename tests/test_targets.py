@@ -29,8 +29,9 @@ from carft_ray.model.heads import build_heads, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.fine_tuning import PromptsConfig, TrainConfig
-from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
+from carft_ray.recipe.schema.model import PromptsConfig
+from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.space import decide_targets, num_stored_visits
 from carft_ray.training import targets
 from carft_ray.training.doctor import examine
 from carft_ray.training.loop import StoppedRun, fine_tune

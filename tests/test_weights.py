@@ -29,7 +29,7 @@ from carft_ray.model.building import build_model
 from carft_ray.model.catalog import TOKENIZER_OPTIONS, activation_problems, check_model, model_warnings, size_problems
 from carft_ray.model.clip import load_clip, state_hash, wrap_model
 from carft_ray.model.weights_files import OPENAI_SIZES, read_weights
-from carft_ray.recipe.schema.fine_tuning import ModelConfig
+from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 
 pytestmark = pytest.mark.slow

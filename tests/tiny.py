@@ -6,7 +6,7 @@ import open_clip
 import torch
 
 from carft_ray.model.clip import load_clip, wrap_model
-from carft_ray.recipe.schema.fine_tuning import ModelConfig
+from carft_ray.recipe.schema.model import ModelConfig
 
 CONFIG = {
     "embed_dim": 16,

@@ -109,7 +109,7 @@ def search(
     further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
     update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
     value = value.model_copy(update={"search": value.search.model_copy(update=update)})
-    from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.rules import check_searchable
 
     if problems := check_searchable(value):
         raise RecipeError(problems)

@@ -15,7 +15,7 @@ from carft_ray import environment
 from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.text import quoted
+from carft_ray.recipe.yaml import quoted
 from carft_ray.ui import notebook
 
 P = ParamSpec("P")
@@ -125,7 +125,7 @@ def check_recipe(value: Recipe, warns: bool = True) -> Recipe:
     """
     from carft_ray.data.role_checks import check_roles, check_sets
     from carft_ray.model.catalog import check_model, model_warnings
-    from carft_ray.recipe.checks.advice import warnings
+    from carft_ray.recipe.rules import warnings
 
     if problems := check_model(value.model):
         raise RecipeError(problems)

@@ -136,8 +136,8 @@ def begin_line(value: "Recipe", recipe: Path, study: Path | str | None = None, *
         study: The study directory, or its address; None: one of the recipe's name.
         options: As of ``command_line``.
     """
-    from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import trust_word
+    from carft_ray.recipe.rules import check_searchable
 
     options["trust"] = bool(trust_word(value))
     if check_searchable(value):

@@ -120,7 +120,7 @@ def _draft(
     from carft_ray.data.draft import choose_roles, draft, set_name, survey
     from carft_ray.model.catalog import check_model
     from carft_ray.recipe.loading import resolve_path, with_paths
-    from carft_ray.recipe.schema.fine_tuning import ModelConfig
+    from carft_ray.recipe.schema.model import ModelConfig
 
     roots = survey(root)
     roles = choose_roles(roots, *domains)

@@ -35,8 +35,8 @@ def plan(
     minute in the sandbox. Keeps only the decoded images, in the cache.
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure
-    from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
+    from carft_ray.recipe.rules import check_searchable
     from carft_ray.study.place import fetched, in_bucket
 
     if price_per_gpu_hour is not None and price_per_hour is not None:

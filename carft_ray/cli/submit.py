@@ -109,7 +109,7 @@ def _checked(
 ) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
     from carft_ray.api.checks import read_recipe, require_trusted
-    from carft_ray.recipe.checks.advice import check_searchable, warnings
+    from carft_ray.recipe.rules import check_searchable, warnings
 
     recipe = read_recipe(path, overrides, options["trust_paths"], reads)
     if not options["trust"]:  # with it, the job imports what the recipe names: it may be on the cluster alone
@@ -173,7 +173,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 def _show(upload: "Upload", variables: Sequence[str], address: str | None, installed: bool, json_: bool) -> None:
     """Prints all that would be sent, of variables their names."""
     from carft_ray.launch import job_package, jobs
-    from carft_ray.recipe.text import dump
+    from carft_ray.recipe.yaml import dump
 
     modules = [] if installed else job_package.folders()
     answer: dict[str, Any] = {

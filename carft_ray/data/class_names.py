@@ -5,8 +5,8 @@ from carft_ray.data.listing import Listing
 from carft_ray.data.readers import list_set, plain_place
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.schema.data import BenchmarkSet, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import BenchmarkSet, StoredSet, plain
 
 
 def class_folders(recipe: Recipe) -> tuple[str, ...]:

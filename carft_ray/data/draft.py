@@ -28,10 +28,10 @@ from carft_ray.data.images import cause_of
 from carft_ray.data.listing import text_problems
 from carft_ray.data.readers import list_set
 from carft_ray.errors import DataError, Problem, UsageError, nearest
-from carft_ray.recipe.checks.rules import ROLES
 from carft_ray.recipe.presets import ranges_for
-from carft_ray.recipe.schema.sets import FolderSet
-from carft_ray.recipe.text import quoted
+from carft_ray.recipe.rules import ROLES
+from carft_ray.recipe.schema.data import FolderSet
+from carft_ray.recipe.yaml import quoted
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class

@@ -35,7 +35,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema.sets import MAX_PIXELS
+from carft_ray.recipe.schema.data import MAX_PIXELS
 from carft_ray.untrusted import read_regular
 
 # torchvision's ImageFolder takes the same

@@ -24,8 +24,8 @@ from carft_ray.data.records import records
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.layout import SETS
+from carft_ray.recipe.schema.data import CorruptedSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CorruptedSet, SetSpec, StoredSet, plain
 
 FORMAT_VERSION = 3
 TRAIN, ID_VAL = "train", "id_val"

@@ -22,7 +22,7 @@ from carft_ray.data.images import MOST_BYTES, decode_image, decoded_image, read_
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema.sets import MAX_PIXELS
+from carft_ray.recipe.schema.data import MAX_PIXELS
 from carft_ray.untrusted import open_regular
 
 _TABLE = pa.schema(

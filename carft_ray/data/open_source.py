@@ -9,7 +9,7 @@ from carft_ray.data.selection import stored_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError
-from carft_ray.recipe.schema.sets import CorruptedSet, SetSpec, StoredSet
+from carft_ray.recipe.schema.data import CorruptedSet, SetSpec, StoredSet
 
 
 def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache_dir: Path | None = None) -> Source:

@@ -34,7 +34,7 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import DerivedSource, PixelArray, identity
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.views import resize
-from carft_ray.recipe.schema.sets import PILLOWS_LIMIT
+from carft_ray.recipe.schema.data import PILLOWS_LIMIT
 
 FORMAT_VERSION = 4
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written

@@ -1,6 +1,6 @@
 """Which reader reads which kind of set: the one table from a set of the recipe to its files.
 
-A new kind of set is a class in ``recipe/schema/sets.py``, a file with its reader's functions, and a row here.
+A new kind of set is a class in ``recipe/schema/data.py``, a file with its reader's functions, and a row here.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, and_more, text_problems
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema.sets import (
+from carft_ray.recipe.schema.data import (
     BenchmarkSet,
     CorruptedSet,
     FolderSet,
@@ -34,7 +34,7 @@ from carft_ray.recipe.schema.sets import (
     TableSet,
     WebDatasetSet,
 )
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.yaml import KeyPath, dotted
 from carft_ray.untrusted import read_text, visible
 
 

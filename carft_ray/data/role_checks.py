@@ -8,11 +8,11 @@ from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.selection import class_problems, empty_problem, selected_rows
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.checks.rules import named_sets
+from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
+from carft_ray.recipe.schema.data import TEST_ROLES, CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
-from carft_ray.recipe.text import dotted
+from carft_ray.recipe.yaml import dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
 

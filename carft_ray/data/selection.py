@@ -8,7 +8,7 @@ import numpy as np
 from carft_ray.data.listing import Listing, StoredSource, normal, sample_id
 from carft_ray.data.source import IntArray
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema.sets import StoredSet
+from carft_ray.recipe.schema.data import StoredSet
 from carft_ray.words import counted
 
 LAYOUT_STEP = "See docs/data.md for the layout that each kind of source expects."

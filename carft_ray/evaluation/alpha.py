@@ -19,8 +19,8 @@ from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.metrics import is_above_chance, is_at_most_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.recipe.schema.constraints import total_violation
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import total_violation
 
 EQUAL = 1e-12  # objectives that differ by less are of the same counts of images
 

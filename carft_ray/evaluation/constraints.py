@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.recipe.schema.constraints import ID_DROP, VIOLATION, ConstraintsConfig
+from carft_ray.recipe.schema.search import ID_DROP, VIOLATION, ConstraintsConfig
 
 _ROUNDING = 1e-12
 

@@ -46,8 +46,7 @@ from carft_ray.launch.worker import RUNNER
 from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe, single
-from carft_ray.recipe.shared_targets import decide_targets
-from carft_ray.recipe.space import num_trials
+from carft_ray.recipe.space import decide_targets, num_trials
 from carft_ray.store.log import log_of
 from carft_ray.store.record import progress_words
 from carft_ray.study.holding import is_ours, is_study

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from carft_ray.recipe.schema.constraints import violation_words
+from carft_ray.recipe.schema.search import violation_words
 from carft_ray.study.training import Kind, TrialRow, TrialSpec
 from carft_ray.words import counted, counted_trainings, value_text
 

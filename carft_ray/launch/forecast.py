@@ -34,8 +34,7 @@ from carft_ray.launch.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
-from carft_ray.recipe.space import drawn, middle, num_trials
+from carft_ray.recipe.space import decide_targets, drawn, middle, num_stored_visits, num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.training import result_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, ModelConfig, is_weights_path
+from carft_ray.recipe.schema.model import LOCAL_DIR, ModelConfig, is_weights_path
 from carft_ray.untrusted import parse_json, read_text
 
 SANDBOX = "sandbox"

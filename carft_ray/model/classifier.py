@@ -13,7 +13,7 @@ from torch.nn import functional
 from carft_ray.model.clip import Clip
 from carft_ray.model.device import compute_dtype
 from carft_ray.model.lora import merged_state
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 
 
 class ImageClassifier(nn.Module):

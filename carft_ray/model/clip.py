@@ -23,7 +23,7 @@ from carft_ray.model.building import quiet
 from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
 from carft_ray.model.hub import fetching
 from carft_ray.model.pretrained import PREPROCESSING, Opened, open_model, preprocess_config
-from carft_ray.recipe.schema.fine_tuning import ModelConfig
+from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.untrusted import MOST_TEXT_BYTES
 
 WEIGHTS_NAME = "open_clip_model.safetensors"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from carft_ray import environment
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import TrainConfig
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -20,7 +20,7 @@ from carft_ray.model import catalog, hugging_face
 from carft_ray.model.building import build_model
 from carft_ray.model.hub import fetching, require_no_code
 from carft_ray.model.weights_files import State, fitted, folder_files, is_from_openai, read_weights
-from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, ModelConfig
+from carft_ray.recipe.schema.model import LOCAL_DIR, ModelConfig
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")

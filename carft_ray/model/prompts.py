@@ -3,7 +3,7 @@
 import open_clip
 
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.schema.fine_tuning import PromptsConfig
+from carft_ray.recipe.schema.model import PromptsConfig
 
 
 def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:

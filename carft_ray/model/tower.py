@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.lora import add_corrections, matrices
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.recipe.schema.parameters import CategoricalParameter
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import CategoricalParameter
+from carft_ray.recipe.schema.train import TrainConfig
 
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "grad_checkpointing", "head_lr_factor")

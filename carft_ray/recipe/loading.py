@@ -17,14 +17,14 @@ from pydantic import ValidationError
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.files import is_address
-from carft_ray.recipe import text
-from carft_ray.recipe.checks.rules import broken_rules
+from carft_ray.recipe import yaml
 from carft_ray.recipe.messages import at, problems_in, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
+from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schema.fields import Config, PathIn, path_in
-from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, is_weights_path
+from carft_ray.recipe.schema.model import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.text import KeyPath
+from carft_ray.recipe.yaml import KeyPath
 from carft_ray.untrusted import read_text, visible
 
 MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
@@ -58,7 +58,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), reads: Reads = reads_
 
 def parse_recipe(written: str, path: Path, overrides: Sequence[str] = (), reads: Reads = reads_any) -> Recipe:
     """As ``load_recipe``, for the text that a file has or is to have."""
-    document = text.parse(written, str(path))
+    document = yaml.parse(written, str(path))
     if document.problems:
         raise RecipeError(document.problems)
     return _checked(document.value, Places(str(path), document.lines), overrides, path.resolve().parent, reads)
@@ -219,7 +219,7 @@ def paths_by_key(recipe: Recipe) -> dict[str, str]:
 def _paths(recipe: Recipe) -> dict[str, str]:
     """Returns the paths of a recipe by key path."""
     found: dict[str, str] = {}
-    _visited(recipe, lambda path, written: found.setdefault(text.dotted(path), written))
+    _visited(recipe, lambda path, written: found.setdefault(yaml.dotted(path), written))
     return found
 
 
@@ -280,12 +280,12 @@ def trust_word(recipe: Recipe) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value."""
-    return text.dump(recipe.model_dump(mode="json"))
+    return yaml.dump(recipe.model_dump(mode="json"))
 
 
 def dump_given(recipe: Recipe) -> str:
     """Returns the keys of a recipe that were set, as YAML; it loads back to an equal value."""
-    return text.dump(recipe.model_dump(mode="json", exclude_unset=True))
+    return yaml.dump(recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def recipe_hash(recipe: Recipe) -> str:

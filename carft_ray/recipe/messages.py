@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.schema.fields import core_type, field_of, is_config, members
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.yaml import KeyPath, dotted
 
 SYNONYMS = {
     "lr": "learning_rate",

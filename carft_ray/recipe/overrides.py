@@ -10,7 +10,7 @@ from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.messages import child_type, keys_of
 from carft_ray.recipe.schema.fields import core_type, field_of, members
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.text import KeyPath, dotted, parse
+from carft_ray.recipe.yaml import KeyPath, dotted, parse
 
 
 @dataclass

@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from carft_ray.recipe.schema.parameters import CategoricalParameter, FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sampling import AnyPruner, HalvingPruner, NoPruner
+from carft_ray.recipe.schema.search import AnyPruner, CategoricalParameter, FloatParameter, HalvingPruner, NoPruner
 
 END = 100  # percent of a schedule
 

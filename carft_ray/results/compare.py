@@ -11,8 +11,8 @@ import pyarrow as pa
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, select
+from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import alone, single
-from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.headline import objective_difference
 from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences

@@ -15,8 +15,8 @@ from carft_ray.data.copies.shared_images import read_shared, shared_counts, shar
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
-from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirm.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.status_and_ls import num_test_reads

@@ -17,8 +17,8 @@ from carft_ray.evaluation.alpha import Point, choose_point, curve_points
 from carft_ray.evaluation.constraints import Limit, limits
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.recipe.schema.constraints import total_violation, violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import total_violation, violations
 from carft_ray.recipe.space import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
+from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.figure import Curve, Dot, Pair, id_ood_figure, write
 from carft_ray.study.front import front_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished

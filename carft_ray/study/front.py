@@ -13,8 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.recipe.schema.constraints import total_violation
-from carft_ray.recipe.schema.recipe import SearchConfig
+from carft_ray.recipe.schema.search import SearchConfig, total_violation
 from carft_ray.study.training import TrialRow
 from carft_ray.words import counted
 

@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import RESULT
-from carft_ray.recipe.schema.constraints import VIOLATION, constraint_names, violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import VIOLATION, constraint_names, violations
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
 from carft_ray.study import front, warm_start

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
 from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, LOG, RESULT
-from carft_ray.recipe.schema.constraints import total_violation
+from carft_ray.recipe.schema.search import total_violation
 from carft_ray.store.record import append_log, read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome

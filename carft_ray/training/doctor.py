@@ -43,11 +43,10 @@ from carft_ray.model.device import device_of, precision_words, set_up
 from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
-from carft_ray.recipe.checks.advice import warnings
-from carft_ray.recipe.checks.rules import named_sets
+from carft_ray.recipe.rules import named_sets, warnings
+from carft_ray.recipe.schema.data import TEST_ROLES, StoredSet
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
-from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
-from carft_ray.recipe.text import dotted
+from carft_ray.recipe.yaml import dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.memory import micro_batch_to_begin_with

@@ -17,7 +17,7 @@ from carft_ray.evaluation.predictions import OF_LOGITS, concat, predictions_tabl
 from carft_ray.model.classifier import ImageClassifier, arranged, build_classifier
 from carft_ray.model.clip import Clip
 from carft_ray.model.mixing import State, mix_into
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.answers import answers, answers_between
 from carft_ray.training.out_of_memory import explained_shortage, in_batches
 from carft_ray.training.prefetch import images_ahead

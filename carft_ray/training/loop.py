@@ -28,7 +28,7 @@ from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import update_average
 from carft_ray.model.tower import compile_tower, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training import prefetch
 from carft_ray.training.checkpoint import (
     Checkpoint,

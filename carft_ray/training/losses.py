@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.model.classifier import at_least_float32
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 
 
 def context_distribution(features_BD: Tensor, context_head_TD: Tensor, logit_scale: float) -> Tensor:

@@ -23,8 +23,8 @@ from carft_ray.model.heads import Say
 from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import update_average
 from carft_ray.model.tower import shape_tower
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.losses import Loss, context_distribution
 from carft_ray.training.optimizer import build_optimizer, clip_gradients
 from carft_ray.training.out_of_memory import micro_batch_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.tower import layer_factors
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 
 EPS = 1e-8
 BETAS = (0.9, 0.999)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray.errors import OutOfMemoryError, Problem
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.words import counted
 
 if TYPE_CHECKING:

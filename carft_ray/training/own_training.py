@@ -26,7 +26,7 @@ from carft_ray.data.source import ImageSet, IntArray, Source
 from carft_ray.errors import DivergedError, OutOfMemoryError, Problem, RecipeError, nearest
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.loop import StoppedRun, same_attention
 from carft_ray.training.out_of_memory import is_out_of_memory
 from carft_ray.training.own_function import KEY

@@ -22,8 +22,8 @@ from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.prompts import templates
+from carft_ray.recipe.schema.data import SandboxSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import SandboxSet, plain
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import gather
 from carft_ray.training.run_context import RunContext

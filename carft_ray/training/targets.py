@@ -42,7 +42,7 @@ from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.clip import Clip, model_key
 from carft_ray.model.device import compute_dtype, computed_on
 from carft_ray.model.tower import compile_passes
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.losses import context_distribution
 from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload
 

@@ -188,7 +188,7 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
             ``ood_accuracy`` (None without OOD sets), ``objective``, ``violations``.
     """
-    from carft_ray.recipe.schema.constraints import VIOLATION, violation_words
+    from carft_ray.recipe.schema.search import VIOLATION, violation_words
 
     lines = []
     for row in rows:
@@ -242,7 +242,7 @@ def estimate_table(rows: Sequence[Mapping[str, Any]], sets: Sequence[str] = (), 
 
 
 def _remark(row: Mapping[str, Any]) -> str:
-    from carft_ray.recipe.schema.constraints import violation_words
+    from carft_ray.recipe.schema.search import violation_words
 
     if row["outcome"] == "complete":
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""

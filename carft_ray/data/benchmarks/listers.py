@@ -24,7 +24,7 @@ from carft_ray.data.listing import Listing, image_table
 from carft_ray.data.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import Benchmark
-from carft_ray.recipe.schema.sets import BenchmarkSet
+from carft_ray.recipe.schema.data import BenchmarkSet
 from carft_ray.words import counted
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"

@@ -17,7 +17,7 @@ from carft_ray.data.benchmarks.listers import HOLDOUT, chosen_domains
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT, Benchmark
-from carft_ray.recipe.schema.sets import BenchmarkSet
+from carft_ray.recipe.schema.data import BenchmarkSet
 
 _PARTS = {"trainval": ("train", "val")}  # splits that are made of others
 

@@ -46,9 +46,9 @@ from carft_ray.data.selection import unlabelled_source
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
-from carft_ray.recipe.checks.rules import named_sets
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.words import time_left
 
 FORMAT_VERSION = 4  # rises when other pairs are found in the same records

@@ -25,9 +25,9 @@ from carft_ray.data.readers import excluded_ids, plain_place
 from carft_ray.data.role_checks import check_roles, may_share
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
-from carft_ray.recipe.checks.rules import named_sets
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema.data import TEST_ROLES, CorruptedSet
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet
 from carft_ray.untrusted import csv_cell, html, of_csv_cell
 from carft_ray.words import counted
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of
 from carft_ray.data.listing import Listing, image_table, normal
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.recipe.schema.data import FolderSet
 
 KIND = "folder-2"
 _TO_NOWHERE, _FOLDER = "link to nowhere", "folder"

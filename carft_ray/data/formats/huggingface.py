@@ -14,7 +14,7 @@ from typing import Any
 
 from carft_ray.data.images import cause_of
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema.sets import HuggingFaceSet
+from carft_ray.recipe.schema.data import HuggingFaceSet
 from carft_ray.untrusted import parse_json, read_regular
 from carft_ray.words import counted
 

@@ -33,7 +33,7 @@ from carft_ray.data.table_rows import (
     split_name,
 )
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema.sets import ColumnSet, TableSet
+from carft_ray.recipe.schema.data import ColumnSet, TableSet
 from carft_ray.untrusted import parse_json
 
 KIND = "table-1"

@@ -22,7 +22,7 @@ from carft_ray.data.formats.shards import find_files, folder_of
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema.sets import WebDatasetSet
+from carft_ray.recipe.schema.data import WebDatasetSet
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 KIND = "webdataset-1"

@@ -11,7 +11,7 @@ from carft_ray.data.content import image_digest
 from carft_ray.data.listing import sample_id
 from carft_ray.data.source import DerivedSource, PixelArray, Source
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
-from carft_ray.recipe.schema.sets import CorruptedSet
+from carft_ray.recipe.schema.data import CorruptedSet
 
 MARGIN = 256 / 224  # short side before the crop, over the side of the square: ImageNet-C's Resize(256), CenterCrop(224)
 

@@ -19,7 +19,7 @@ from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES, draw_mask
 from carft_ray.errors import Problem, nearest
 from carft_ray.files import new_folder, require_new
-from carft_ray.recipe.schema.sets import SandboxSet
+from carft_ray.recipe.schema.data import SandboxSet
 
 FORMAT = 1  # rises when any picture changes
 IMAGE_SIZE = 32  # pixels, width and height

@@ -2,51 +2,36 @@
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
 study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``docs/recipe.md`` and
-``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``checks/rules.py``.
+``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
 otherwise.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator
 
-from carft_ray.recipe.schema.constraints import ConstraintsConfig
+from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.fields import (
     Config,
     Duration,
     DurationText,
     Flag,
-    Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Resume,
     SetName,
     key,
-    nothing_is_empty,
     seconds_of,
 )
-from carft_ray.recipe.schema.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
-from carft_ray.recipe.schema.parameters import SPACE, Space
-from carft_ray.recipe.schema.sampling import NoPruner, Pruner, Sampler, TpeSampler
-from carft_ray.recipe.schema.sets import DataConfig
+from carft_ray.recipe.schema.model import ModelConfig, PromptsConfig
+from carft_ray.recipe.schema.search import HOW_FAR, HOW_FAST, ConstraintsConfig, SearchConfig
+from carft_ray.recipe.schema.train import EvaluateConfig, TrainConfig
 
 LEAST_AMOUNT = 0.0001  # of a resource
-
-OBJECTIVE = Resume("identity", "part of the objective")
-RANKING = Resume("identity", "ranks the trials")
-BEST = Resume("identity", "chooses the best trial")
-PROPOSED = Resume("running", "only later proposals")
-HOW_FAR = Resume("running", "how far the search goes")
 TOLD = Resume("running", "who is notified; nothing is computed from it")
-HOW_FAST = Resume("running", "where and how fast trainings run")
-
-
-# of fields of ``train``; checked where they are applied
-Values = Annotated[dict[str, Any], BeforeValidator(nothing_is_empty, json_schema_input_type=TrainConfig)]
-Baselines = Annotated[dict[SetName, Values], BeforeValidator(nothing_is_empty)]
 Wait = Annotated[NonNegativeFloat, BeforeValidator(seconds_of, json_schema_input_type=NonNegativeFloat | DurationText)]
 
 
@@ -54,87 +39,6 @@ def _amount(value: float) -> float:
     if 0 < value < LEAST_AMOUNT:
         raise ValueError(f"must be at least {LEAST_AMOUNT}, the least that Ray counts")
     return value
-
-
-DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 1.0)  # of alphas; .8 more gains nothing (`python -m benchmarks.samplers grids`)
-
-
-class AlphaConfig(Config):
-    """How the mixing coefficient is found."""
-
-    mode: Literal["profile", "sample"] = key("profile", "profile", OBJECTIVE)
-    """profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter of
-    the space"""
-    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = key(DEFAULT_GRID, [0, 0.25, 0.5, 0.75, 1], OBJECTIVE)
-    """alphas at which the curve is measured, in addition to `lowest`"""
-    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, 0.2, OBJECTIVE)
-    """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
-
-    @property
-    def measured(self) -> tuple[float, ...]:
-        """The alphas at which every curve is measured, rising: the grid, and the lowest one that may be chosen."""
-        there = any(abs(alpha - self.lowest) < 1e-9 for alpha in self.grid)
-        return self.grid if there else tuple(sorted((*self.grid, self.lowest)))
-
-    @field_validator("grid")
-    @classmethod
-    def _rises(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
-        if list(grid) != sorted(set(grid)) or grid[0] != 0 or grid[-1] != 1:
-            raise ValueError(f"must rise strictly from 0 to 1, but got {list(grid)}")
-        return grid
-
-
-class ObjectiveConfig(Config):
-    """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
-
-    kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key("weighted_mean", "harmonic", RANKING)
-    """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
-    Pareto front, which needs `alpha.mode: sample`"""
-    id_weight: Fraction = key(0.5, 0.3, RANKING)
-    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
-    intermediate values of a running training"""
-    id_margin: Fraction = key(
-        0.005, 0.01, Resume("identity", "the claim of a confirm is fixed before its result is seen")
-    )
-    """in `confirm` and `test`: the largest loss of ID accuracy, by the 95 % interval, that counts as "keeps ID"; it
-    ranks nothing"""
-    best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
-    """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
-    tolerance: Fraction = key(0.005, 0.01, BEST)
-    """with `lexicographic`: trials this close to the best ID accuracy are ranked by OOD accuracy"""
-
-
-class SearchConfig(Config):
-    """What is searched and how long."""
-
-    trials: PositiveInt = key(16, 30, HOW_FAR)
-    """number of trials, without baselines"""
-    space: Space = key({}, {"learning_rate": {"low": 0.0001, "high": 0.005, "log": True}}, SPACE)
-    """the search space: fields of `train` marked *; `search` needs at least one"""
-    alpha: AlphaConfig = AlphaConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    constraints: ConstraintsConfig = ConstraintsConfig()
-    sampler: Sampler = TpeSampler()
-    pruner: Pruner = NoPruner()
-    enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
-    """values inside the space that are tried first, in this order; a parameter that is left out is drawn; each entry
-    counts as a trial"""
-    warm_start: tuple[str, ...] = key((), ["../studies/first"], PROPOSED, path_in="study")
-    """folders or addresses of other studies whose trials are passed to the sampler; they do not count as trials of this
-    study"""
-    baselines: Baselines = key(
-        {},
-        {"fine_tuning": {"kl_weight": 0}},
-        Resume("identity", "a trained baseline keeps its values; further ones may be added"),
-    )
-    """by name, values that replace those of `train`; trained before the trials and shown with them, never passed to the
-    sampler; any name but `zero_shot`, which is always shown"""
-    max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
-    """trials at a time; null: as many as fit on the machine or cluster; carft-ray lowers it by one each time that Ray
-    ends a trial that is out of memory"""
-    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "which weights are kept"))
-    """number of best trials whose fine-tuned weights are kept, besides those of all baselines (and of all trainings on
-    a Pareto front); the results of all trials are kept"""
 
 
 class ResourcesConfig(Config):

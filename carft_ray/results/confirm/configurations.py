@@ -17,8 +17,8 @@ from typing import Any, Literal
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN
+from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study import typed

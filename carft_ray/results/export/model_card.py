@@ -12,7 +12,7 @@ from string import Template
 
 from carft_ray import __version__
 from carft_ray.model.clip import Clip
-from carft_ray.recipe.schema.sets import plain
+from carft_ray.recipe.schema.data import plain
 from carft_ray.results.reading.trained import Trained, evaluate_trained
 from carft_ray.untrusted import markdown
 

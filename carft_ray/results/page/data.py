@@ -22,7 +22,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
 from carft_ray.layout import CONFIRM, LOG, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema.sets import plain
+from carft_ray.recipe.schema.data import plain
 from carft_ray.results.page.changed_images import changed_images, points_of_best
 from carft_ray.results.page.health import findings
 from carft_ray.results.reading.status_and_ls import listing, status

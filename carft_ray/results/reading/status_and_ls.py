@@ -9,7 +9,7 @@ from typing import Any
 
 from carft_ray.errors import CarftError
 from carft_ray.launch.budget import BUDGET_STOP
-from carft_ray.recipe.schema.sampling import AnyPruner
+from carft_ray.recipe.schema.search import AnyPruner
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in

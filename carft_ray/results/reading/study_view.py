@@ -9,8 +9,8 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.layout import COMMITS, MANIFEST, METRICS, RESOLVED, STOP
-from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import violations
 from carft_ray.store.copy import IMAGES
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping

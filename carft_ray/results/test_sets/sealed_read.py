@@ -31,8 +31,8 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.layout import COMMITS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, set_up
+from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes

@@ -20,7 +20,7 @@ import numpy as np
 
 from carft_ray.recipe.schedule import END, first_percent, num_warmup_steps, percent, rungs
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sampling import AnyPruner, HalvingPruner, NoPruner
+from carft_ray.recipe.schema.search import AnyPruner, HalvingPruner, NoPruner
 from carft_ray.words import counted
 
 SUBSET_OBJECTIVE = "subset/objective"  # in a line of metrics.jsonl

@@ -1,6 +1,6 @@
 """The values of a trial: asked of Optuna's samplers as a recipe asks for them, or given by the recipe's points.
 
-What each sampler can do is in ``recipe/checks/sampler_rules.py``.
+What each sampler can do is in ``recipe/rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``draw``. What it knows comes from the study, so
 three of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one. QMC counts its
@@ -19,9 +19,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, QMCSampler, RandomSampler
 from optuna.trial import TrialState
 
-from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
-from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.rules import population_size, startup_trials
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.search import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.space import grid_index, grid_size, in_order, is_active
 from carft_ray.study.attributes import NAME, POINT
 from carft_ray.study.proposals.optuna_private import frozen_trial, on_one_thread, running_trial

@@ -1,8 +1,8 @@
-"""The keys of one fine-tuning: the model, its prompts, the training, and evaluations on the way."""
+"""The keys of one fine-tuning, and of the evaluations on the way."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field
 
 from carft_ray.recipe.schema.fields import (
     Config,
@@ -19,13 +19,7 @@ from carft_ray.recipe.schema.fields import (
     key,
 )
 
-TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
-LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
-TemplateSet = Literal["sandbox", "simple", "openai"]
-
 METHOD = Resume("identity", "another method: its objectives are not comparable")
-START = Resume("identity", "the start of every training; a folder or file may move: its weights are compared")
-HEADS = Resume("identity", "both heads are made from them")
 ROUNDING = Resume("identity", "changes the rounding of every number")
 SAVING = Resume("running", "when checkpoints are written, not what is computed")
 MEMORY = Resume("running", "memory and speed, not what is computed")
@@ -37,30 +31,7 @@ ONLY_SAVING = "It changes how much a failed machine loses, not the training. Cho
 ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
 ONE_FUNCTION = "A study has one fine-tuning function. Compare two with two studies, or with a baseline."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
-TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
-CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
 FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
-
-
-def _templates(value: Any, info: ValidationInfo) -> Any:
-    """Puts the lines of a file in its place, so that the recipe is complete; the context of a validation reads them."""
-    if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context:
-        return info.context(value.removeprefix(TEMPLATE_FILE))
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
-        raise ValueError(TEMPLATES_RULE)
-    return tuple(value)
-
-
-def _words(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
-        raise ValueError(CLASS_NAMES_RULE)
-    if not all(word.strip() for word in value):
-        raise ValueError("must not contain an empty text")
-    return tuple(value)
 
 
 def _function(value: Any) -> Any:
@@ -71,38 +42,10 @@ def _function(value: Any) -> Any:
     return value
 
 
-def is_weights_path(pretrained: str) -> bool:
-    """Returns whether a text is the path of a weights file; else it is a tag of open_clip."""
-    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
-
-
 def _auto_or_flag(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError("must be auto, true or false")
     return value
-
-
-class ModelConfig(Config):
-    """Which CLIP to start from."""
-
-    name: str = key("sandbox", "sandbox", START, path_in="model")
-    """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
-    pretrained: str | None = key(None, None, START, path_in="weights")
-    """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, not
-    allowed for the others"""
-
-
-class PromptsConfig(Config):
-    """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
-
-    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = key(
-        "sandbox", ["a photo of a {}.", "a sketch of a {}."], HEADS
-    )
-    """`sandbox`, `simple`, `openai`, the name of a benchmark, or your own templates with one `{}` for the class: a
-    list, or `file:PATH` of a text file with one template per line"""
-    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = key(None, None, HEADS)
-    """words for the classes: the name of a benchmark, or a list in label order, which may have duplicates; null: those
-    of the benchmark in `data.train`, else the names of the class folders with `_` as a space"""
 
 
 class TrainConfig(Config):

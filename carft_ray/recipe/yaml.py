@@ -16,7 +16,6 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from carft_ray.errors import Problem
 
 KeyPath = tuple[str | int, ...]
-
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _TEXTS = {_TAG + name for name in ("str", "timestamp", "merge", "value")}

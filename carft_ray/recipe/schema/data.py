@@ -25,7 +25,6 @@ Corruption = Literal[
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 ]  # fmt: skip
-
 MEASURED = Resume("identity", "the images that the objective is measured on")
 TESTED = Resume("identity", "fixed before anything is selected")
 SHARED = Resume(

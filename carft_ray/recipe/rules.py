@@ -1,24 +1,43 @@
-"""Rules that read more than one key of a recipe."""
+"""Rules that read more than one key of a recipe, and advice on a valid one.
 
+Advice names what keeps a recipe from being searched, and settings that have no effect. What a sampler cannot do was
+read in Optuna 5.0, and a test holds each verdict; ``docs/samplers.md`` has all. ``study/proposals/samplers.py`` makes
+the samplers.
+"""
+
+import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.checks.sampler_rules import sampler_problems
+from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
 from carft_ray.recipe.messages import at, nearest_key, shown, train_problems, unlisted
-from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema.fields import core_type
-from carft_ray.recipe.schema.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
-from carft_ray.recipe.schema.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schedule import can_cut, possible_values
+from carft_ray.recipe.schema.data import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, plain
+from carft_ray.recipe.schema.fields import Config, core_type
+from carft_ray.recipe.schema.model import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
-from carft_ray.recipe.space import condition_problems, enqueue_problems
-from carft_ray.recipe.text import KeyPath
+from carft_ray.recipe.schema.search import (
+    NOT_SEARCHABLE,
+    SEARCHABLE,
+    CategoricalParameter,
+    IntParameter,
+    NsgaSampler,
+    Parameter,
+    QmcSampler,
+)
+from carft_ray.recipe.schema.train import TrainConfig, field_kind
+from carft_ray.recipe.space import condition_problems, enqueue_problems, grid_size, num_values
+from carft_ray.recipe.yaml import KeyPath, dotted
+from carft_ray.words import counted
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.templates))
+LARGEST_POPULATION = 50  # Optuna's default
+# what a sampler does with conditional parameters; all of them learn nothing from a pruned trial
+UNLEARNED = {"gp": "not modelled", "nsga2": "not inherited"}
+FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final one (measured rank correlations .1 to .7)
 
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
@@ -223,3 +242,146 @@ def _resources(recipe: Recipe) -> Iterator[Problem]:
         step = "Write 1, or with num_workers: 1 a share of one GPU, such as 0.5."
         rule = "must be a whole number above 1, and with several workers"
         yield at(path, rule, shown(gpus), next_step=step)
+
+
+def population_size(recipe: Recipe) -> int:
+    """Returns the trials of a generation of nsga2."""
+    sampler = recipe.search.sampler
+    chosen = sampler.population_size if isinstance(sampler, NsgaSampler) else None
+    return chosen or min(LARGEST_POPULATION, max(4, recipe.search.trials // 4))
+
+
+def startup_trials(recipe: Recipe) -> int:
+    """Returns the random trials before tpe and gp."""
+    return getattr(recipe.search.sampler, "startup_trials", None) or max(4, recipe.search.trials // 4)
+
+
+def sampler_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Finds too many random trials, and parameters without a step for the grid."""
+    sampler, trials = recipe.search.sampler, recipe.search.trials
+    startup = getattr(sampler, "startup_trials", None)
+    if startup is not None and startup > trials:
+        yield at(("search", "sampler", "startup_trials"), f"must be at most search.trials, {trials}", str(startup))
+    for name, parameter in recipe.search.space.items():
+        if sampler.name == "grid" and num_values(parameter) is None:
+            step = f"Give {name} a step, or choices: [...], or another sampler than grid."
+            yield at(("search", "space", name), "must have a step for the grid", next_step=step)
+
+
+def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields advice on a valid sampler: the key, and what about it."""
+    search, sampler = recipe.search, recipe.search.sampler
+    if sampler.name in UNLEARNED and search.pruner.name != "none":
+        yield "search.sampler.name", f"{sampler.name} with a pruner: it learns nothing from a pruned trial"
+    if sampler.name in UNLEARNED and any(parameter.when for parameter in search.space.values()):
+        why = f"conditional parameters are drawn at random, {UNLEARNED[sampler.name]}"
+        yield "search.sampler.name", f"{sampler.name} with conditional parameters: {why}"
+    if isinstance(sampler, QmcSampler) and not sampler.scramble and sampler.seed:
+        yield "search.sampler.seed", "has no effect: the sequence is not scrambled"
+    if sampler.name == "nsga2" and search.trials <= population_size(recipe):
+        what = f"nsga2 draws its first generation of {population_size(recipe)} at random, of only"
+        yield "search.sampler.name", f"{what} {counted(search.trials, 'trial')}"
+    size = grid_size(search.space) if sampler.name == "grid" else None
+    if search.space and size is not None and size < search.trials:
+        there = counted(size, "point")
+        yield "search.trials", f"is {search.trials}, but the grid has {there}: the search ends after {size}"
+
+
+def check_searchable(recipe: Recipe) -> list[Problem]:
+    """Returns what keeps a valid recipe from being searched; ``train`` accepts it."""
+    problems = []
+    if not recipe.search.space:
+        step = "Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}."
+        problems.append(Problem("search.space", "must contain at least one parameter to search", next_step=step))
+    if recipe.train.alpha is not None:
+        step = "Remove train.alpha (--set train.alpha=null)."
+        rule = "must not be fixed in a search, which finds alpha itself"
+        problems.append(Problem("train.alpha", rule, shown(recipe.train.alpha), next_step=step))
+    return problems
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Names the settings that have no effect or another one than they seem to have, a sentence each."""
+    return [f"{key} {what}" for key, what in _idle(recipe)] + list(_domains(recipe))
+
+
+def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, search, space = recipe.train, recipe.search, recipe.search.space
+    kind, best, templates = search.objective.kind, search.objective.best, recipe.prompts.templates
+
+    def always(name: str, value: Any) -> bool:
+        """Returns whether a field of ``train`` has this value in all trials."""
+        return name not in space and bool(getattr(train, name) == value)
+
+    if isinstance(plain(recipe.data.train), SandboxSet):
+        for name in ("pack", "resize_short_side"):
+            if _is_changed(recipe.data, name):
+                yield f"data.{name}", "has no effect: the images of data.train are drawn and kept decoded"
+    if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
+        yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
+    if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:
+        more = f"takes {gpus:g} GPUs for each worker, which computes on one"
+        yield "resources.gpus_per_worker", f"{more}; write 1, and num_workers: {gpus:g} to train on all of them"
+    if train.alpha == 0:
+        yield "train.alpha", "is 0: the result is the zero-shot model, whatever is trained"
+    for name, of, value in (("context_scale", "kl_weight", 0), ("lora_alpha", "lora_rank", None)):
+        if always(of, value) and getattr(train, name) is not None:
+            yield f"train.{name}", f"has no effect: {of} is {shown(value)}"
+        if always(of, value) and name in space:
+            yield f"search.space.{name}", f"has no effect: {of} is {shown(value)}"
+    if isinstance(templates, tuple) and len(templates) == 1 and not always("kl_weight", 0):
+        yield "train.kl_weight", "has no effect: with one template the KL term is always 0"
+    if train.decay != "all" and always("weight_decay", 0):
+        yield "train.decay", "has no effect: weight_decay is 0"
+    if train.head_bias and always("head_lr_factor", 0):
+        yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
+    if always("ema_decay", 0):
+        yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null does the same"
+    if train.precision == "fp64":
+        yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
+    if _is_changed(search.objective, "id_weight") and kind not in ("weighted_mean", "pareto"):
+        yield "search.objective.id_weight", f"has no effect: the objective is {kind}"
+    if kind != "pareto" and best != "knee":
+        yield "search.objective.best", f"has no effect: the objective is {kind}"
+    if _is_changed(search.objective, "tolerance") and (kind, best) != ("pareto", "lexicographic"):
+        yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
+    if not recipe.data.ood_val:
+        yield "search.objective", "is only ID accuracy: data.ood_val has no set"
+    for path, spec in benchmark_sets(recipe).items():
+        if spec.trial_seed and spec.split not in IN_OUT:
+            yield dotted((*path, "trial_seed")), "has no effect: it belongs to DomainBed's splits in and out"
+    yield from sampler_advice(recipe)
+    if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
+        few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
+        why = f"a training has {few}, and its intermediate values hardly predict its result"
+        yield "search.pruner", f"is weakly informative: {why}"
+    if recipe.model.name != "sandbox" and templates == "sandbox":
+        yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
+
+
+def _is_changed(part: Config, key: str) -> bool:
+    return bool(getattr(part, key) != type(part).model_fields[key].default)
+
+
+def _domains(recipe: Recipe) -> Iterator[str]:
+    """Shifts that are none, or that selection has already seen."""
+    sets = named_sets(recipe)
+    train = _domain_names(recipe.data.train)
+    seen = {domain: path for path, spec in sets.items() if path[1] == "ood_val" for domain in _domain_names(spec)}
+    for path, spec in sets.items():
+        domains = _domain_names(spec)
+        if path[1] in ("ood_val", "ood_test") and train & domains:
+            yield f"{dotted(path)} is not a shift: data.train has the same domain"
+        elif path[1] == "ood_test" and domains & seen.keys():
+            first = dotted(seen[min(domains & seen.keys())])
+            yield f"{dotted(path)} has other images of a shift that {first} already uses for selection"
+        elif path[1] == "ood_val" and isinstance(spec, BenchmarkSet) and spec.name == "imagenet-v2":
+            yield f"{dotted(path)} is ImageNet-V2, which ranks models as ID does: it is not an OOD validation set"
+
+
+def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
+    if isinstance(spec, CorruptedSet):
+        return {("corrupted", name) for name in spec.corruptions or get_args(Corruption)}
+    if isinstance(spec, SandboxSet):
+        return {("sandbox", spec.domain)}
+    return {(posixpath.normpath(spec.path), domain) for domain in getattr(spec, "domains", None) or ()}
