@@ -35,8 +35,8 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.headline import in_points
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import compare
-from carft_ray.results.verdict_card import Line, verdict
+from carft_ray.results.statistics.paired import compare, comparison_lines
+from carft_ray.results.verdict_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import trials
 from carft_ray.training.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
@@ -197,8 +197,9 @@ def test_the_card_agrees_with_confirm_and_test(searched, case):
     kept = summary["baselines"][0]["keeps_id"]
     assert accuracy.passed == (kept and source == "test")  # the images of a confirm have chosen
     assert ("keeps the ID accuracy" in accuracy.text) == kept
-    for what, is_missing in (("seeds", num_seeds == 1), ("the selection on these images", source == "confirm")):
-        assert (what in result.text.partition("not covered: ")[2]) == is_missing
+    assert comparison_lines(summary)[-1] in result.text  # what the interval covers, too
+    for what, is_missing in (("seeds not covered", num_seeds == 1), (CHOSEN_HERE, source == "confirm")):
+        assert (what in result.text) == is_missing
     for name in ("id_accuracy", "ood_accuracy"):
         found = summary["rows"][0][name]
         assert f"{in_points(found['mean'], found['ends'])} %" in accuracy.text
@@ -211,9 +212,10 @@ def test_the_card_agrees_with_confirm_and_test(searched, case):
 def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(studies, kind):
     document = page_document(read_study(studies(kind)))
     lines, headline = verdict(document), document["report"]["headline"]
-    assert lines[0].text.startswith(f"{document['status']['best']['name']}: {headline['sentence']}")
+    assert lines[0].text == f"{headline['line']} {CHOSEN_HERE}"
+    assert headline["line"] in document["report"]["lines"]
     assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
-    assert lines[0].text.endswith("95 %, over images; not covered: seeds, the selection on these images")
+    assert "over images; one training: seeds not covered" in lines[0].text
     assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
 
 
@@ -230,7 +232,7 @@ def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(s
         assert line.passed == (second == 16)
         assert line.text.endswith("2.5 hours without a GPU")
     later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared(BETTER, 3)}
-    assert "(The best trial of the search, t0007, is not in it.)" in verdict(later)[0].text
+    assert "The best trial of the search, t0007, is not in it." in verdict(later)[0].text
     assert "ft_study t0001 tuned in a search of its own" in verdict({**searched, "rivals": ["ft_study t0001"]})[4].text
 
 

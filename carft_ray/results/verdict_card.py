@@ -1,6 +1,6 @@
 """The verdict card: five lines on what a study has shown, to be pasted into an issue or a paper.
 
-Its numbers and its headline are those of `test`, else of `confirm`, else of `report`; nothing is computed here.
+Its numbers and its sentences are those of `test`, else of `confirm`, else of `report`; nothing is computed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.results.statistics.headline import in_points
-from carft_ray.results.statistics.paired import later_best
+from carft_ray.results.statistics.paired import headline_line, later_best
+from carft_ray.results.test_sets import notes
+from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
 from carft_ray.words import counted, times
 
 FORMS = ("text", "latex")
+CHOSEN_HERE = "Not covered: the search chose the winner on these images."
+NO_BASELINE = "no baseline to compare with"
 ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
 Document = Mapping[str, Any]
 
@@ -44,13 +48,16 @@ def verdict(document: Document) -> list[Line]:
     Args:
         document: Of ``page.data.page_document``.
     """
-    found = _evidence(document)
-    if found is None:
+    measured = next((kind for kind in ("test", "confirm") if document[kind] is not None), None)
+    if measured is not None:
+        first = _compared(document, document[measured], is_new=measured == "test")
+    elif document["report"] is not None:
+        first = _searched(document)
+    else:
         states = ", ".join(f"{count} {name}" for name, count in document["status"]["trials"].items() if count)
-        none = Line("Result", False, f"no trial has finished: {states or 'none has begun'}")
-        rest = [Line(label, False, "nothing is measured yet") for label in ("Accuracy", "Seeds")]
-        return [none, *rest, _tests(document), _cost(document)]
-    return [_result(found), _accuracy(found), _seeds(found), _tests(document), _cost(document)]
+        first = [Line("Result", False, f"no trial has finished: {states or 'none has begun'}")]
+        first += [Line(label, False, "nothing is measured yet") for label in ("Accuracy", "Seeds")]
+    return [*first, _tests(document), _cost(document)]
 
 
 def card(document: Document, form: str = "text") -> str:
@@ -60,96 +67,49 @@ def card(document: Document, form: str = "text") -> str:
     return {"text": text_card, "latex": latex_card}[form](verdict(document), title)
 
 
-def _evidence(document: Document) -> Document | None:
-    """Returns the best measurement that a study has of its winner; None before a trial has finished.
-
-    Returns:
-        ``label``: what was measured; ``sentence``: the headline, its ``baseline``, the ``ends`` of its difference, and
-        ``keeps_id`` against that baseline, each None without a baseline; ``accuracies``: ID and OOD mean, in that
-        order, as text with intervals where they are known; ``num_seeds``: fresh seeds, 0: one training each;
-        ``is_new``: whether the images are those of test sets: others have chosen the winner.
-    """
-    return _of_comparison(document, "test") or _of_comparison(document, "confirm") or _of_search(document)
-
-
-def _of_comparison(document: Document, kind: str) -> Document | None:
-    """Returns what a read of the test sets or a confirm has shown."""
-    found, best, is_new = document[kind], document["status"]["best"], kind == "test"
-    if found is None:
-        return None
+def _compared(document: Document, found: Document, is_new: bool) -> list[Line]:
+    """Returns the lines of a confirm, or of a read of the test sets, whose images are new."""
     winner = next(row for row in found["rows"] if row["role"] == "winner")
     against = next((each for each in found["baselines"] if each["other"] == found["headline_baseline"]), None)
-    label = found["label"]
-    if found.get("without_shared_images"):
-        headline = found["without_shared_images"]["headline"] or ""
-        label += f" (without images of other roles: {headline.partition(': ')[2]})"
-    if best is not None:
-        label += "".join(f" ({line})" for line in later_best(found, best["name"]))
-    return {
-        "label": label,
-        "sentence": found["headline"],
-        "baseline": found["headline_baseline"],
-        "ends": against and against["objective"]["ends"],
-        "keeps_id": against and against["keeps_id"],
-        "accuracies": [
-            in_points(winner[name]["mean"], winner[name]["ends"])
-            for name in ("id_accuracy", "ood_accuracy")
-            if winner[name]
-        ],
-        "num_seeds": winner["objective"]["num_seeds"] if not is_new or found["confirmed"] else 0,
-        "is_new": is_new,
-    }
-
-
-def _of_search(document: Document) -> Document | None:
-    report, best = document["report"], document["status"]["best"]
-    if report is None or best is None:
-        return None
-    against, metrics = report["headline"], best["metrics"]
-    names = ("id_accuracy", "ood_accuracy") if document["has_ood"] else ("id_accuracy",)
-    objective, label = document["objective"], "measured on the images used for selection"
-    if objective["pareto"]:
-        label += f", by {objective['id_weight']:g} ID + {1 - objective['id_weight']:g} OOD"
-    return {
-        "label": label,
-        "sentence": against and f"{best['name']}: {against['sentence']}",
-        "baseline": against and against["baseline"],
-        "ends": against and against["ends"],
-        "keeps_id": None,
-        "accuracies": [f"{100 * metrics[name]:.1f}" for name in names if name in metrics],
-        "num_seeds": 0,
-        "is_new": False,
-    }
-
-
-def _result(found: Document) -> Line:
-    if found["sentence"] is None:
-        return Line("Result", False, f"no baseline to compare with; {found['label']}")
-    covered = f"over {'seeds and images' if found['num_seeds'] else 'images'}"
-    missing = [
-        *([] if found["num_seeds"] else ["seeds"]),
-        *([] if found["is_new"] else ["the selection on these images"]),
+    best, without = document["status"]["best"], found.get("without_shared_images")
+    said = [headline_line(found) or f"{NO_BASELINE}; {found['label']}.", *([headline_line(without)] if without else [])]
+    said += later_best(found, best["name"]) if best else []
+    said += [] if is_new else [CHOSEN_HERE]
+    shown = {"ID": winner["id_accuracy"], "OOD mean": winner["ood_accuracy"]}
+    numbers = {name: in_points(each["mean"], each["ends"]) for name, each in shown.items() if each}
+    is_shown = against is not None and against["objective"]["ends"][0] > 0
+    return [
+        Line("Result", is_new and is_shown, " ".join(said)),
+        _accuracy(numbers, found["headline_baseline"], against and against["keeps_id"], is_new),
+        _seeds(winner["objective"]["num_seeds"] if found.get("confirmed", True) else 0),
     ]
-    if missing:
-        covered += f"; not covered: {', '.join(missing)}"
-    text = f"{found['sentence']}; {found['label']}; 95 %, {covered}"
-    return Line("Result", found["ends"][0] > 0 and found["is_new"], text)
 
 
-def _accuracy(found: Document) -> Line:
-    names = ("ID", "OOD mean")
-    text = ", ".join(f"{name} {value} %" for name, value in zip(names, found["accuracies"], strict=False))
-    if found["baseline"] is not None:
-        kept = {True: "keeps", False: "not shown to keep", None: "not yet tested whether it keeps"}[found["keeps_id"]]
-        text += f"; {kept} the ID accuracy of {_spaced(found['baseline'])}"
-    has_ood = len(found["accuracies"]) == len(names)
+def _searched(document: Document) -> list[Line]:
+    """Returns the lines of a search that nothing has measured again."""
+    against, metrics = document["report"]["headline"], document["status"]["best"]["metrics"]
+    shown = {"ID": "id_accuracy", **({"OOD mean": "ood_accuracy"} if document["has_ood"] else {})}
+    numbers = {name: f"{100 * metrics[key]:.1f}" for name, key in shown.items() if key in metrics}
+    return [
+        Line("Result", False, f"{against['line'] if against else NO_BASELINE + '.'} {CHOSEN_HERE}"),
+        _accuracy(numbers, against and against["baseline"], None, is_new=False),
+        _seeds(0),
+    ]
+
+
+def _accuracy(numbers: Mapping[str, str], baseline: str | None, keeps_id: bool | None, is_new: bool) -> Line:
+    text = ", ".join(f"{name} {value} %" for name, value in numbers.items())
+    if baseline is not None:
+        kept = {True: "keeps", False: "not shown to keep", None: "not yet tested whether it keeps"}[keeps_id]
+        text += f"; {kept} the ID accuracy of {_spaced(baseline)}"
+    has_ood = len(numbers) > 1
     if not has_ood:
-        text += f"; there is no OOD {'test ' if found['is_new'] else ''}set"
-    return Line("Accuracy", bool(found["keeps_id"]) and has_ood and found["is_new"], text)
+        text += f"; there is no OOD {'test ' if is_new else ''}set"
+    return Line("Accuracy", bool(keeps_id) and has_ood and is_new, text)
 
 
-def _seeds(found: Document) -> Line:
-    number = found["num_seeds"]
+def _seeds(number: int) -> Line:
+    """Returns the line of the seeds; 0: one training each, that of the search."""
     if not number:
         return Line("Seeds", False, "one training each: the effect of the seed is not covered")
     wide = "" if number >= ENOUGH_SEEDS else "; with two, intervals over seeds are very wide"
@@ -157,18 +117,13 @@ def _seeds(found: Document) -> Line:
 
 
 def _tests(document: Document) -> Line:
-    ledger = document["status"]["ledger"]
-    if not ledger["test_reads"]:
+    number = document["status"]["ledger"]["test_reads"]
+    if not number:
         return Line("Test sets", False, "not read: all numbers are of validation images")
-    text = f"read {times(ledger['test_reads'])}"
-    went_on = sum(entry["purpose"] == "search went on" for entry in document["ledger"])
-    if went_on:
-        text += f"; the search was continued {times(went_on)} after a read"
-    elsewhere = (document["test"] or {}).get("elsewhere", ())
-    if elsewhere:
-        studies = {read["study"] for read in elsewhere}
-        text += f"; other studies have also read these images {times(len(elsewhere))}: {', '.join(sorted(studies))}"
-    return Line("Test sets", ledger["test_reads"] == 1 and not went_on and not elsewhere, text)
+    went_on = sum(entry["purpose"] == WENT_ON for entry in document["ledger"])
+    later = [f"The search was continued {times(went_on)} after a read."] if went_on else []
+    later += notes.lines((document["test"] or {}).get("elsewhere", ()))
+    return Line("Test sets", number == 1 and not later, " ".join([f"read {times(number)}.", *later]))
 
 
 def _cost(document: Document) -> Line:

@@ -160,10 +160,16 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     # a row of one seed among others with more is the zero-shot model, which has none to cover
     notes = dict.fromkeys(note for each in objectives if each["num_seeds"] == num_seeds for note in each["notes"])
     lines += [f"Note: {note}." for note in notes]
-    for each in found["baselines"]:
-        if each["other"] == found["headline_baseline"]:
-            lines.append(f"{found['headline']}; {found['label']}; 95 %, {each['objective']['over']}.")
-    return lines
+    line = headline_line(found)
+    return [*lines, line] if line else lines
+
+
+def headline_line(found: Mapping[str, Any]) -> str:
+    """Returns the headline of a comparison (``compare``) as a line of text; empty without a baseline."""
+    against = next((each for each in found["baselines"] if each["other"] == found["headline_baseline"]), None)
+    if against is None:
+        return ""
+    return f"{found['headline']}; {found['label']}; 95 %, {against['objective']['over']}."
 
 
 def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
