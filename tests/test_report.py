@@ -26,10 +26,10 @@ from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct_matrix, read_predictions, sets
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
+from carft_ray.results.adviser import findings
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.figures import FIGURES, figures
-from carft_ray.results.page.health import findings
 from carft_ray.results.page.page import HERE, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
@@ -315,7 +315,7 @@ def test_the_page_says_what_may_be_wrong(studies, searched):
     noise = {"image": 1e-4, "seed": None, "words": "image noise only"}
     report = {**searched["report"], "noise": noise, "corrected": {"num_trials": 5, "factor": 0.1, "spread": 1e-4}}
     above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
-    found = findings(replace(view, baselines=above), {**searched, "report": report})
+    found = findings(replace(view, baselines=above), report)
     checks = {row["check"] for row in found}
     assert {"below zero-shot", "noise larger than differences", "zero-shot not above chance"} <= checks
     unmeasured = [replace(row, metrics={}) for row in view.baselines]

@@ -86,7 +86,7 @@ def load(
 
 
 def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Overview | None" = None) -> None:
-    """Prints what to run next on a study as it stands now (``results.next_steps``).
+    """Prints what to run next on a study as it stands now (``results.adviser``).
 
     Args:
         study: Its folder or address as the user has written it.
@@ -95,14 +95,14 @@ def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Ov
         changed: The command has changed the study.
         view: The study as the command has read it, if nothing can have changed since.
     """
-    from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
+    from carft_ray.results.adviser import BEHIND, MILDER, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
     from carft_ray.store.copy import STATE
     from carft_ray.study.place import own_folder
 
     view = view or read_study(own_folder(study, need=None) if changed else study, STATE)
     if behind_zero_shot(view):
-        console.say(BEHIND)
+        console.say(f"{BEHIND}: {MILDER}")
     console.next_step(*next_steps(view, study, after), *more)
 
 

@@ -20,7 +20,7 @@ def evaluate(
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
     from carft_ray.api import actions
-    from carft_ray.results.next_steps import export_folder
+    from carft_ray.results.adviser import export_folder
 
     found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head, trust_paths=trust_paths)
     if console.print_json(found.numbers, json_):

@@ -31,7 +31,7 @@ def train(
         return
     console.show(found.tables[0])
     console.say("\n".join(found.lines))
-    from carft_ray.results.next_steps import export_folder
+    from carft_ray.results.adviser import export_folder
     from carft_ray.study.place import own_folder
 
     folder, logs = shlex.quote(out), shlex.quote(str(own_folder(out, need=None)))

@@ -23,8 +23,8 @@ from carft_ray.evaluation.predictions import correct_matrix, read_predictions, s
 from carft_ray.layout import CONFIRM, LOG, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.data import plain
+from carft_ray.results.adviser import findings
 from carft_ray.results.page.changed_images import changed_images, points_of_best
-from carft_ray.results.page.health import findings
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
@@ -88,7 +88,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     }
     document["rivals"] = _rivals(document)
     document["tables"] = set_tables(document)
-    document["health"] = findings(view, document)
+    document["health"] = findings(view, document["report"])
     return document
 
 

@@ -26,6 +26,7 @@ from carft_ray.study.warm_start import inherited_reads
 from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
+FAILED = ("error", "diverged")
 ENOUGH = 10  # from this many complete trials on
 
 
@@ -47,7 +48,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front,
-        "lines": [*front_lines(front), *constraint_lines(best), *_failure_lines(overview.trials)],
+        "lines": [*front_lines(front), *constraint_lines(best), *failure_lines(overview.trials)],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         **{
             state: [overview.data(row) for row in rows if overview.state(row) == state]
@@ -71,10 +72,11 @@ def status(overview: Overview) -> dict[str, Any]:
     }
 
 
-def _failure_lines(rows: list[TrialRow]) -> list[str]:
-    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
-    reasons = Counter(row.reason for row in rows if row.outcome == "error")
-    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
+def failure_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """Returns how many trials have failed, and how most of them did, as one line; nothing when none has."""
+    reasons = Counter(row.reason or row.outcome for row in rows if row.outcome in FAILED)
+    failed = counted(reasons.total(), "trial")
+    return [f"{failed} failed; {count} of them: {reason}" for reason, count in reasons.most_common(1)]
 
 
 def num_test_reads(study_dir: Path, log: Log | None = None) -> int:

@@ -1,27 +1,107 @@
-"""What to run next on a study, by its state: no command that it would refuse, and none that is done."""
+"""What a study shows that may be wrong, what helps against it, and what to run next on it.
+
+A suggested command is none that the study would refuse as it is, and none that is done.
+"""
 
 import contextlib
+import math
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import trust_word
+from carft_ray.recipe.messages import train_problems
+from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.confirm.configurations import read_plan
-from carft_ray.results.reading.status_and_ls import budget, ledger
+from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.study.best import constraint_lines
 from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
-from carft_ray.study.place import Place
+from carft_ray.study.place import Place, named
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
 
 AGAIN = " --again REASON"
-BEHIND = (
-    "The best trial scores below the zero-shot model: there is nothing to export. Search milder trainings, with a "
-    "lower learning_rate, fewer epochs or a higher kl_weight."
+BEHIND = "The best trial scores below the zero-shot model"
+MILDER = (
+    "there is nothing to export. Search milder trainings, with a lower learning_rate, fewer epochs or a higher "
+    "kl_weight."
 )
+NEAR_END = 0.03  # of the width of a parameter: the best trial is on its bound
+BELIEVED = 0.25  # share of the distances between trials that is not noise; below it they hardly differ
+MANY_FAILURES = 0.25
+
+
+def findings(view: Overview, report: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Returns the checks that fail: the name of the ``check``, the ``text`` of what was found, and the next ``step``.
+
+    Args:
+        view: The study.
+        report: Of ``results.report.study_report``; None before a trial has finished.
+    """
+    found = [("below zero-shot", BEHIND, MILDER)] if behind_zero_shot(view) else []
+    found += [*_ends(view), *_noise(report or {})]
+    row = next((one for one in view.baselines if one.metrics and not one.alpha), None)
+    if row is not None and row.at_chance:
+        right = f"{100 * row.metrics['id_accuracy']:.1f} %"
+        text = f"{right} of zero-shot's predictions on the ID images are right, which is not shown to be above chance"
+        step = "check class names, templates and preprocessing: carft-ray doctor RECIPE"
+        found.append(("zero-shot not above chance", text, step))
+    failed = [row for row in view.trials if row.outcome in FAILED]
+    if len(failed) >= MANY_FAILURES * max(1, view.num_finished):
+        step = f"read the log: carft-ray logs {shlex.quote(named(view.study_dir))} {failed[0].name}"
+        found.append(("many failures", failure_lines(view.trials)[0], step))
+    for line in constraint_lines(view.best):
+        found.append(("constraints", line.rstrip("."), "loosen search.constraints, or search milder trainings."))
+    return [{"check": check, "text": text, "step": f"{step[:1].upper()}{step[1:]}"} for check, text, step in found]
+
+
+def _ends(view: Overview) -> Iterator[tuple[str, str, str]]:
+    """Yields a finding for each parameter whose value of the best trial lies on an end of the space.
+
+    None where nothing lies beyond: at the end of what the field may have.
+    """
+    folder, search, best = shlex.quote(named(view.study_dir)), view.recipe.search, view.best
+    if best is None:
+        return
+    for name, one in search.space.items():
+        if name == "alpha" and search.objective.kind == "pareto":  # its grid is measured, too
+            continue
+        value = best.values.get(name)
+        if isinstance(one, CategoricalParameter) or not isinstance(value, int | float) or one.low == one.high:
+            continue
+        if one.log and value <= 0:
+            continue
+        scale = math.log if one.log else float
+        place = (scale(value) - scale(one.low)) / (scale(one.high) - scale(one.low))
+        if NEAR_END < place < 1 - NEAR_END:
+            continue
+        end, which, sign = (one.low, "lower", -1) if place <= NEAR_END else (one.high, "upper", 1)
+        beyond = end + sign * (1 if one.type == "int" else 0.01 * (end or 1))
+        if train_problems({name: beyond}, ()) or (name == "alpha" and beyond < search.alpha.lowest):
+            continue
+        at = f"the best trial has {name} {value:.3g}, at the {which} end of the space, {end:g}"
+        step = f"widen search.space.{name} in the recipe, then: carft-ray search RECIPE --study {folder} --change-space"
+        yield "best point on a bound", f"{at}: the optimum may lie beyond", step
+
+
+def _noise(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields a finding where the trials differ by hardly more than their noise."""
+    corrected, noise = report.get("corrected"), report.get("noise")
+    if not corrected or not noise or corrected["num_trials"] < 4 or corrected["factor"] >= BELIEVED:
+        return
+    sigma = 100 * math.sqrt(noise["image"] + (noise["seed"] or 0.0))
+    spread = 100 * math.sqrt(corrected["spread"])
+    text = (
+        f"the better half of the trials differs by {spread:.2f} points, and their {noise['words']} alone is "
+        f"{sigma:.2f}: the choice of the best among them is mostly luck"
+    )
+    yield "noise larger than differences", text, "more validation images help more than more trials."
 
 
 def next_steps(view: Overview, study: Place, after: str) -> list[str]:
