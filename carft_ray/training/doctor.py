@@ -135,7 +135,7 @@ def examine(
         quick: Read no image: lists, model and prompts only.
         say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
-        memory_gb: Memory of the GPU for which a micro-batch is foretold; None: of the one that is here, if any.
+        memory_gb: Memory of the GPU for which a micro-batch is proposed; None: that of this machine's, if it has one.
     """
     say("checking the machine")
     found = look_around(recipe)
@@ -294,7 +294,7 @@ def _check_model(
         "training_memory_gb": needed_gb,
     }
     if not impossible:
-        found.model |= micro_batch_to_begin_with(recipe, clip, heads, memory_gb, say)
+        found.model |= micro_batch_to_begin_with(recipe, clip, heads["class_head"], memory_gb, say)
     medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
     small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:
