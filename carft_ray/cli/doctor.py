@@ -22,7 +22,7 @@ def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
     images: Annotated[
-        int | None, Option(min=1, help="Images per set for the zero-shot accuracy; default: what 2 minutes allow.")
+        int | None, Option(min=1, help="Images per set for the zero-shot accuracy; default: 200.")
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no image: check only lists, model and prompts.")] = False,
     pairs: Annotated[
@@ -46,7 +46,7 @@ def doctor(
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.api.checks import read_recipe
     from carft_ray.data.copies.shared_images import check_pairs_path, write_pairs
-    from carft_ray.training.doctor import as_plain_data, examine
+    from carft_ray.training.doctor import NUM_IMAGES, as_plain_data, examine
     from carft_ray.ui.progress import counting
 
     if pairs is not None:
@@ -64,10 +64,10 @@ def doctor(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
             stack.enter_context(cluster.running_ray(address, Path(folder) / RAY_LOG))
         if json_:
-            found = examine(value, images, quick, memory_gb=memory_gb)
+            found = examine(value, images or NUM_IMAGES, quick, memory_gb=memory_gb)
         else:
             with counting() as progress:
-                found = examine(value, images, quick, console.say, progress, memory_gb)
+                found = examine(value, images or NUM_IMAGES, quick, console.say, progress, memory_gb)
         if address is not None:
             reports = checkup.ask_nodes(value, say)
             on_nodes = [*checkup.judge(reports, found), *checkup.check_collective(reports, value, say)]

@@ -5,12 +5,9 @@ the zero-shot model is measured on ``id_val`` and on each OOD validation set, si
 a shift at all, and whether class words and preprocessing are right.
 """
 
-import itertools
-import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +24,13 @@ from carft_ray.data.copies.shared_images import decide, shared_lines, without_sh
 from carft_ray.data.describe import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
-from carft_ray.data.readers import list_set, reader_of
+from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.selection import stored_source
-from carft_ray.data.source import ImageSet
+from carft_ray.data.source import Source
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
-from carft_ray.errors import CarftError, DataError, Problem
+from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.metrics import chance, is_above_chance, wilson
 from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
@@ -44,16 +41,16 @@ from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.rules import named_sets, warnings
-from carft_ray.recipe.schema.data import TEST_ROLES, StoredSet
+from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
-from carft_ray.recipe.yaml import dotted
+from carft_ray.recipe.yaml import KeyPath, dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.memory import micro_batch_to_begin_with
-from carft_ray.training.out_of_memory import Positions, explained_shortage, in_batches
+from carft_ray.training.out_of_memory import in_batches
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.words import counted, time_left
+from carft_ray.words import time_left
 
 Level = Literal["error", "warning", "note"]
 
@@ -62,9 +59,7 @@ TRY_FIRST = (
     "Try first: prompts.class_names (words that a caption would have; in the order of the labels, which is that of the "
     "class folders), prompts.templates (sentences that fit the images), and model.name (the activation of the weights)."
 )
-MOST_IMAGES, FEWEST_IMAGES = 1000, 50  # of each validation set, on which zero-shot is measured
-MOST_S, NUM_TIMED = 120.0, 4  # what they may take altogether; images by which it is predicted
-NUM_PASSES = 3  # the fastest counts: the first also sets up kernels and memory, and others may be using the processor
+NUM_IMAGES = 200  # of each validation set, on which zero-shot is measured: within 7 points of all of them
 
 
 @dataclass(frozen=True)
@@ -105,8 +100,8 @@ class Diagnosis:
         self.findings.append(Finding(level, Problem(place, rule, value, next_step=next_step)))
 
     def fail(self, problems: Sequence[Problem]) -> None:
-        """Adds errors."""
-        self.findings += [Finding("error", problem) for problem in problems]
+        """Adds errors, each once."""
+        self.findings += [Finding("error", problem) for problem in problems if problem not in self.errors]
 
     @property
     def errors(self) -> list[Problem]:
@@ -120,7 +115,7 @@ Heads = Mapping[str, torch.Tensor]
 
 def examine(
     recipe: Recipe,
-    num_images: int | None = None,
+    num_images: int = NUM_IMAGES,
     quick: bool = False,
     say: Say = lambda text: None,
     progress: Callable[[str], OnImage] = lambda what: lambda done, total: None,
@@ -131,7 +126,6 @@ def examine(
     Args:
         recipe: A valid recipe.
         num_images: Images of each validation set on which the zero-shot model is measured, by a hash of the sample id.
-            None: 1,000, fewer where they would take over two minutes.
         quick: Read no image: lists, model and prompts only.
         say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
@@ -139,21 +133,14 @@ def examine(
     """
     say("checking the machine")
     found = look_around(recipe)
-    wrong = {problem.place for problem in found.errors}
     found.fail(check_roles(recipe))
-    cache = cache_dir(recipe)
+    has_cache = not any(problem.place == "data.cache_dir" for problem in found.errors)
+    cache = cache_dir(recipe) if has_cache and not quick else None  # what the images show is kept there
+    for path, spec in named_sets(recipe).items():
+        say(f"{'listing' if cache is None else 'reading'} {dotted(path)}")
+        _check_set(recipe, path, spec, cache, found, progress(dotted(path)))
     try:
-        classes = class_folders(recipe)
-    except DataError:  # the training set that has the list is broken, which ``check_sets`` reports
-        classes = None
-    quick = quick or any(problem.place == "data.cache_dir" for problem in found.errors)  # what is found is kept there
-    for path, spec in named_sets(recipe).items() if classes is not None else ():
-        place = dotted(path)
-        if not any(one == place or one.startswith(f"{place}.") for one in wrong):
-            say(f"reading {place}" if not quick else f"listing {place}")
-            _check_set(spec, place, classes, None if quick else cache, found, progress(place))
-    try:
-        if not quick and not found.errors:
+        if cache is not None and not found.errors:
             say("comparing the images of the roles")
             found.pairs = shared_pairs(recipe, cache, say)
             rows = decide(recipe, found.pairs)
@@ -207,22 +194,20 @@ def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
 
 
 def _check_set(
-    spec: Any, place: str, classes: tuple[str, ...] | None, cache: Path | None, found: Diagnosis, on_image: OnImage
+    recipe: Recipe, path: KeyPath, spec: SetSpec, cache: Path | None, found: Diagnosis, on_image: OnImage
 ) -> None:
     """Checks one set; without ``cache`` its images are not read."""
-    role = place.split(".")[1]
-    stored = isinstance(spec, StoredSet)
+    place, role, named, expected = dotted(path), str(path[1]), plain_place(path, spec), None
     try:
-        # what cannot be decoded is counted here, not left out
-        source = (
-            stored_source(list_set(spec, place), spec, classes, place)
-            if stored
-            else open_source(spec, place, classes, cache)
-        )
-        expected = reader_of(spec).num_expected(spec) if stored else None
+        classes = class_folders(recipe)
+        if isinstance(spec, StoredSet):  # images that cannot be decoded are counted, not left out
+            expected = reader_of(spec).num_expected(spec)
+            source: Source = stored_source(list_set(spec, named), spec, classes, named)
+        else:
+            source = open_source(spec, named, classes, cache)
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)
-        if isinstance(source, StoredSource) and cache is not None:
+        if isinstance(spec, StoredSet) and isinstance(source, StoredSource) and cache is not None:
             found.sets[place] |= image_facts(source, records(source, cache, role in TEST_ROLES, on_image))
             _judge_images(place, spec.on_bad_image, found.sets[place], found)
     except CarftError as error:
@@ -265,7 +250,7 @@ def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found
 
 
 def _check_model(
-    recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say, memory_gb: float | None
+    recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say, memory_gb: float | None
 ) -> None:
     recipe = with_threads(recipe, environment.usable_cores())
     set_up(recipe)
@@ -319,34 +304,29 @@ def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found
         found.add("warning", "prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}", step)
 
 
-def _measure(
-    recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int | None, found: Diagnosis, say: Say
-) -> None:
+def _measure(recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int, found: Diagnosis, say: Say) -> None:
     device = device_of(recipe)
     batch_size = recipe.evaluate.batch_size or usual_batch(device)
     classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device).eval()
-    if num_images is None:
-        num_images = _affordable(classifier, inputs.validation, device, found)
     sets = [subset(image_set, num_images) for image_set in inputs.validation]
     say(f"measuring the zero-shot model on up to {num_images:,} images of each validation set")
-    on_progress, total, asked = time_left(say, "measuring the zero-shot model"), sum(map(len, sets)), itertools.count()
-
-    def before_batch() -> bool:
-        on_progress(min(total, batch_size * next(asked)), total)
-        return False
-
+    on_progress, done, total = time_left(say, "measuring the zero-shot model"), 0, sum(map(len, sets))
     for few in sets:
-        table = predict(classifier, few, 0.0, batch_size, RunContext(should_stop=before_batch))
+        on_progress(done, total)
+        table = predict(classifier, few, 0.0, batch_size, RunContext())
         answers = table["label"].to_numpy(), table["prediction"].to_numpy()
         luck = {"chance": chance(*answers), "at_chance": not is_above_chance(*answers)}
         found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), **luck}
-    first = subset(inputs.validation[0], min(num_images, batch_size)).images_NHWC
-
-    def features_of(batch: Positions) -> torch.Tensor:
-        return classifier.features(torch.from_numpy(first[batch]).to(device))
-
+        done += len(few)
+    first = subset(sets[0], batch_size).images_NHWC
     with torch.inference_mode():
-        parts = in_batches(features_of, np.arange(len(first)), batch_size, inputs.clip.image_size, device)
+        parts = in_batches(
+            lambda batch: classifier.features(torch.from_numpy(first[batch]).to(device)),
+            np.arange(len(first)),
+            batch_size,
+            inputs.clip.image_size,
+            device,
+        )
         features_BD = torch.cat(parts)
         scale = recipe.train.context_scale or inputs.clip.logit_scale
         log_p_BT = context_distribution(features_BD, heads["context_head"].to(features_BD), scale)
@@ -358,25 +338,6 @@ def _measure(
         step = "Use more, and more different, templates, or a lower train.context_scale."
         found.add("warning", "prompts.templates", rule, f"{contexts:.2f}", step)
     found.findings += zero_shot_findings(found.zero_shot)
-
-
-def _affordable(classifier: torch.nn.Module, sets: Sequence[ImageSet], device: torch.device, found: Diagnosis) -> int:
-    """Returns how many images of each set are measured within two minutes, at most 1,000; says where they are fewer."""
-    few = subset(sets[0], NUM_TIMED)
-    clock = [time.monotonic()]
-    with explained_shortage("evaluation", len(few), few.images_NHWC.shape[1], device), torch.inference_mode():
-        for _ in range(NUM_PASSES):
-            classifier(torch.from_numpy(few.images_NHWC.copy()).to(device))[1].cpu()
-            clock.append(time.monotonic())
-    seconds = min(later - earlier for earlier, later in itertools.pairwise(clock)) / len(few)
-    wanted = sum(min(len(image_set), MOST_IMAGES) for image_set in sets)
-    if seconds * wanted <= MOST_S:
-        return MOST_IMAGES
-    number = max(FEWEST_IMAGES, int(MOST_S / seconds / len(sets)))
-    rule = f"zero-shot is measured on {number:,} images per set: one takes {seconds:.2g} s here, all take about "
-    minutes = counted(math.ceil(seconds * wanted / 60), "minute")
-    found.add("note", "model", rule + minutes, next_step=f"For more: --images {MOST_IMAGES}")
-    return number
 
 
 def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Finding]:
