@@ -1,15 +1,23 @@
 """Recipes to begin with: what is seen in a tree of images, what is proposed for it, and the recipes that ship."""
 
+import contextlib
+import io
 import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from crash_host import call
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from short_training import write_model
 from sources import open_train
 
 from carft_ray.data.class_names import class_folders, class_names
-from carft_ray.data.draft import choose_roles, draft, readable, survey
+from carft_ray.data.draft import Roles, choose_roles, draft, readable, survey
 from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError, UsageError
@@ -17,6 +25,7 @@ from carft_ray.recipe import yaml
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import preset_text, presets
 from carft_ray.recipe.rules import check_searchable, warnings
+from carft_ray.training.doctor import examine
 
 CLASSES = ("ant", "bee", "grey wolf")
 
@@ -127,9 +136,9 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
     write_tree(tmp_path, ["a", "b", "c", "d"])
     write_tree(tmp_path, ["d"], images=12)
     found = survey(tmp_path)
-    assert vars(choose_roles(found, None, None, None)) == {"train": "d", "ood_val": ("a", "b"), "ood_test": ("c",)}
-    assert vars(choose_roles(found, "b", ["d"], None)) == {"train": "b", "ood_val": ("d",), "ood_test": ("a", "c")}
-    assert vars(choose_roles(found, None, None, ["d"])) == {"train": "a", "ood_val": ("b", "c"), "ood_test": ("d",)}
+    assert choose_roles(found, None, None, None) == Roles("d", ("a", "b"), ("c",))
+    assert choose_roles(found, "b", ["d"], None) == Roles("b", ("d",), ("a", "c"))
+    assert choose_roles(found, None, None, ["d"]) == Roles("a", ("b", "c"), ("d",))
     with pytest.raises(UsageError) as caught:
         choose_roles(found, "e", ["a", "a"], ["bb"])
     assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["--train", "--ood-val", "--ood-test"]
@@ -220,3 +229,97 @@ def test_domains_whose_names_would_be_one_or_a_role_s_get_names_of_their_own(tmp
         sets = {**recipe.data.ood_val, **recipe.data.ood_test}
         assert len({spec.domains for spec in sets.values()}) == 5
         assert {"id_val_2", "my_art", "my_art_2"} <= {*sets}
+
+
+@st.composite
+def counts_of_trees(draw):
+    """How many images are in each class folder of a tree of 4 to 400 images; 0: an empty folder."""
+    some = {"min_size": 1, "max_size": 3, "unique": True}
+    domains = draw(st.lists(st.sampled_from(["art", "photo", "my sketch", "2020"]), **some))
+    splits = draw(st.lists(st.sampled_from(["train", "val", "test"]), **some))
+    both = [(domain, split) for domain in domains for split in splits]
+    layouts = [["."], domains, splits, [f"{d}/{s}" for d, s in both], [f"{s}/{d}" for d, s in both]]
+    folders = draw(st.sampled_from(layouts))
+    classes = draw(st.lists(st.sampled_from(["ant", "bee", "grey wolf", "12", "été"]), min_size=2, unique=True))
+    places = [f"{folder}/{name}" for folder in folders for name in classes]
+    few = st.integers(0, 400 // len(places))
+    counts = {place: draw(few) for place in places if draw(st.integers(0, 5))}
+    assume(sum(counts.values()) >= 4)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny CLIP, and a folder for the cache beside it."""
+    folder = tmp_path_factory.mktemp("model") / "clip"
+    write_model(folder)
+    return folder
+
+
+REFUSED = ("the training images must be of two classes or more", "must have at least")  # by init: nothing is written
+
+
+@pytest.mark.slow
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(counts=counts_of_trees())
+def test_what_init_writes_for_any_tree_validate_and_doctor_pass(model, counts):
+    """Of images that differ and can be decoded: init opens none."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()) as told:
+        for place, number in counts.items():
+            (Path(name) / "tree" / place).mkdir(parents=True)
+            for index in range(number):
+                picture = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+                picture.save(Path(name) / "tree" / place / f"{index}.png")
+        recipe = Path(name) / "r.yaml"
+        code = call(["init", "--from", Path(name) / "tree", "--to", recipe, "--model", f"local-dir:{model}"])
+        if not recipe.exists():
+            assert code == 4
+            assert any(reason in " ".join(told.getvalue().split()) for reason in REFUSED)
+            return
+        assert "refuse" not in told.getvalue()
+        assert call(["validate", recipe]) == 0, told.getvalue()
+        found = examine(load_recipe(recipe, [f"data.cache_dir={model.parent / 'cache'}"]))
+        assert [str(problem) for problem in found.errors] == []
+
+
+def test_what_cannot_be_compared_with_the_training_images_has_no_role_and_it_is_said(tmp_path, capsys):
+    tree = tmp_path / "tree"
+    write_tree(tree, ["photo/train", "photo/val", "art/train"], ["ant", "bee", "cow"])
+    write_tree(tree, ["photo/test", "old/train", "new/test"], ["ant", "bee"])
+    write_tree(tree, ["photo/val", "new/train"], ["zebra"])
+    write_tree(tree, ["toy/train"], ["ant"])
+    (tree / "photo" / "train" / "dodo").mkdir()
+    recipe, written = drafted(tree, "photo", "sandbox", None)
+    notes = choose_roles(survey(tree), "photo", None, None).notes
+    assert notes == (
+        "'dodo' in 'photo/train' holds no image, and is no class",
+        "'photo/val' has no role: no training image is of its class 'zebra'",
+        "id_test has no image of 'cow': its images are classified among the other classes",
+        "'toy' has no role: its only class is 'ant'",
+    )
+    assert [note for note in notes if f"  # {note}\n" not in written] == []
+    assert recipe.data.classes == ("ant", "bee", "cow")
+    assert [(name, spec.path) for name, spec in recipe.data.ood_val.items()] == [
+        ("art", str(tree / "art")),
+        ("new", str(tree / "new")),
+    ]
+    assert check_sets(recipe, lists_tests=True) == []
+    assert call(["init", "--from", tree, "--train", "photo", "--ood-val", "toy"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--ood-val: must be a domain that can be compared with 'photo', but got 'toy': its only class" in told
+    assert call(["init", "--from", tree, "--train", "toy"]) == 4
+    assert "the training images must be of two classes or more, but got 1" in capsys.readouterr().err
+
+
+def test_what_doctor_will_refuse_of_a_recipe_is_said_by_init_and_validate(tmp_path, capsys):
+    write_tree(tmp_path / "tree", ["photo", "art"])
+    for name in ("\u00e9.png", "e\u0301.png"):
+        shutil.copy(tmp_path / "tree" / "art" / "bee" / "0.png", tmp_path / "tree" / "art" / "bee" / name)
+    recipe = tmp_path / "r.yaml"
+    assert call(["init", "--from", tmp_path / "tree", "--train", "photo", "--to", recipe, "--model", "sandbox"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "doctor will refuse this recipe: data.ood_val.art" in said
+    assert call(["validate", recipe]) == 4
+    assert "names of images must differ" in said
+    assert "names of images must differ" in " ".join(capsys.readouterr().err.split())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -13,6 +13,9 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.ui import console
+
+if TYPE_CHECKING:
+    from carft_ray.recipe.schema.recipe import Recipe
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
@@ -65,27 +68,33 @@ def init(
             Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove the file.")
         )
     roots: Sequence[Any] = ()
+    notes: Sequence[str] = ()
     if preset is not None:
         require_choice("--preset", "must be a preset", preset, presets())
         text = preset_text(preset, hold_out)
     else:
-        text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
+        text, roots, notes = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
         text = SCHEMA_LINE + text
     from carft_ray.files import write_text
     from carft_ray.recipe.loading import parse_recipe
 
+    written = parse_recipe(text, to or Path("recipe.yaml"))  # before anything is written
+    if from_ is not None:
+        notes = [*notes, *(f"doctor will refuse this recipe: {problem}" for problem in _refused(written))]
+    for note in notes:
+        console.warn(note)
     found = [{**vars(one), "num_images": one.num_images} for one in roots]
+    about = {"recipe": None if to is None else str(to), "preset": preset, "found": found, "notes": notes}
     if to is None:
-        if not console.print_json({"recipe": None, "preset": preset, "found": found, "text": text}, json_):
+        if not console.print_json({**about, "text": text}, json_):
             typer.echo(text, nl=False)
         return
-    written = parse_recipe(text, to)  # before anything is written
     write_text(to.absolute(), text)
     write_text(to.absolute().with_name(SCHEMA), schema_text())
-    if console.print_json({"recipe": str(to), "preset": preset, "found": found}, json_):
+    if console.print_json(about, json_):
         return
     if from_ is not None:
-        rows = [(one.folder, one.domain, one.split, str(len(one.counts)), f"{one.num_images:,}") for one in roots]
+        rows = [(one.folder, one.domain, one.split, str(len(one.classes)), f"{one.num_images:,}") for one in roots]
         console.show(console.table(("folder", "domain", "split", "classes", "images"), rows))
     console.say(f"Wrote {to}. The roles in `data` are a proposal: check them before you train.")
     begin = common.command_line("search", to, study=f"studies/{written.name}")
@@ -102,8 +111,8 @@ def schema() -> None:
 
 def _draft(
     root: Path, to: Path | None, domains: tuple[str | None, DomainsOption, DomainsOption], model: str, tag: str | None
-) -> tuple[str, Sequence[Any]]:
-    """Returns the text of a recipe for a folder of images, and what was found there; no model is loaded.
+) -> tuple[str, Sequence[Any], Sequence[str]]:
+    """Returns the text of a recipe for a folder of images, what was found there, and notes; no model is loaded.
 
     Args:
         root: The folder.
@@ -132,4 +141,13 @@ def _draft(
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
     whole, base = root.resolve(), base.resolve()
     path = whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
-    return draft(set_name(whole.name), root, path, roots, roles, model, weights), roots
+    return draft(set_name(whole.name), root, path, roots, roles, model, weights), roots, roles.notes
+
+
+def _refused(recipe: "Recipe") -> list[Problem]:
+    """Returns what `doctor` will find wrong with the sets of a recipe, as far as no image must be opened."""
+    from carft_ray.data.readers import listing_once
+    from carft_ray.data.role_checks import check_roles, check_sets
+
+    with listing_once():
+        return [*check_roles(recipe), *check_sets(recipe, lists_tests=True)]

@@ -25,7 +25,7 @@ import numpy as np
 from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
-from carft_ray.data.listing import text_problems
+from carft_ray.data.listing import and_more, normal, text_problems
 from carft_ray.data.readers import list_set
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
@@ -38,6 +38,7 @@ DEEPEST = 3  # folders between the root and a class
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 FEW = 1000  # training images below which parts are made to hold their share; above, parts of names' hashes always do
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
+LAYOUT_STEP = "Images are found in ROOT/class, ROOT/domain/class, ROOT/split/class and both orders of domain and split."
 IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
 
 Parts = dict[str, tuple[float, float]]  # split -> its part of the folder that trains
@@ -55,13 +56,18 @@ class ClassRoot:
         folder: Relative to the root, with '/'; '.' for the root itself.
         domain: Its domain; '' where the tree has none.
         split: ``train``, ``val``, ``test``, or '' where the tree has none.
-        counts: Class folder -> images.
+        counts: Class folder -> images; 0 of an empty one.
     """
 
     folder: str
     domain: str
     split: str
     counts: dict[str, int]
+
+    @property
+    def classes(self) -> set[str]:
+        """Class folders that hold images."""
+        return {name for name, count in self.counts.items() if count}
 
     @property
     def num_images(self) -> int:
@@ -75,7 +81,6 @@ def survey(root: Path) -> list[ClassRoot]:
     Raises:
         DataError: There is no such folder, or no image in class folders, or images stand at two depths.
     """
-    step = "Images are found in ROOT/class, ROOT/domain/class, ROOT/split/class and both orders of domain and split."
     try:
         found = list(_class_roots(root, "."))
         if problems := text_problems((f"{one.folder}/{name}" for one in found for name in one.counts), str(root)):
@@ -84,29 +89,31 @@ def survey(root: Path) -> list[ClassRoot]:
         place = str(error.filename or root)
         raise DataError(Problem(place, "must be a folder that can be read", cause_of(error))) from error
     if not found:
-        raise DataError(Problem(str(root), "must contain folders of images", "none", next_step=step))
+        raise DataError(Problem(str(root), "must contain folders of images", "none", next_step=LAYOUT_STEP))
     depths = {0 if one.folder == "." else one.folder.count("/") + 1 for one in found}
     if len(depths) > 1:
         examples = ", ".join(one.folder for one in found[:3])
         rule = "all class folders must be at the same depth"
-        raise DataError(Problem(str(root), rule, f"class folders in {examples}", next_step=step))
+        raise DataError(Problem(str(root), rule, f"class folders in {examples}", next_step=LAYOUT_STEP))
     seen: dict[tuple[str, str], ClassRoot] = {}
     for one in found:
         other = seen.setdefault((one.domain, one.split), one)
         if other is not one:
             rule = "each domain must have one folder for each split"
-            raise DataError(Problem(str(root), rule, f"{other.folder} and {one.folder}", next_step=step))
+            raise DataError(Problem(str(root), rule, f"{other.folder} and {one.folder}", next_step=LAYOUT_STEP))
     return found
 
 
 def _class_roots(root: Path, folder: str) -> Iterator[ClassRoot]:
     inside = folders(root / folder)
-    counts = {name: count for name in inside if (count := _num_images(root / folder / name))}
+    counts: Counter[str] = Counter()
+    for name in inside:
+        counts[normal(name)] += _num_images(root / folder / name)
     parts = [] if folder == "." else folder.split("/")
-    if counts:
+    if counts.total():
         splits = [split for part in parts for split, words in SPLITS.items() if part.lower() in words]
         others = [part for part in parts if not any(part.lower() in words for words in SPLITS.values())]
-        yield ClassRoot(folder, "/".join(others), next(iter(splits), ""), counts)
+        yield ClassRoot(folder, "/".join(others), next(iter(splits), ""), dict(counts))
         return
     if len(parts) + 1 < DEEPEST:
         for name in inside:
@@ -120,11 +127,19 @@ def _num_images(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which domains serve as what; '' is the one domain of a tree without domains."""
+    """Which domains serve as what; '' is the one domain of a tree without domains.
+
+    Attributes:
+        train: Domain that trains.
+        ood_val: Domains of the selection.
+        ood_test: Domains of the test.
+        notes: What of the tree is not used as it is, and why: lines for the recipe and for the user.
+    """
 
     train: str
     ood_val: tuple[str, ...]
     ood_test: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def choose_roles(
@@ -132,14 +147,17 @@ def choose_roles(
 ) -> Roles:
     """Returns the roles of the domains: as asked for, the rest as proposed.
 
+    A domain that is not asked for has no role if it has a class without training images, or only one class.
+
     Args:
         found: What the tree holds.
-        train: Domain that trains; None: the one with the most images.
+        train: Domain that trains; None: the one with the most images, of those with two classes.
         ood_val: Domains of the selection; None: half of those that are left, at least one.
         ood_test: Domains of the test; None: the rest.
 
     Raises:
-        UsageError: A domain is not there or has two roles.
+        UsageError: A domain is not there, has two roles, or cannot have the role that is asked for.
+        DataError: The training images are of one class.
     """
     sizes: Counter[str] = Counter()
     for one in found:
@@ -157,12 +175,45 @@ def choose_roles(
         raise UsageError(problems)
     free = [name for name in sorted(sizes) if name not in seen]
     if train is None:
-        train = max(free or sorted(sizes), key=lambda name: sizes[name])
+        several = {name for name in sizes if len(_splits(found, name)["train"].classes) > 1}
+        train = max(free or sorted(sizes), key=lambda name: (name in several, sizes[name]))
         free = [name for name in free if name != train]
+    trained = _splits(found, train)["train"]
+    if len(trained.classes) < 2:
+        value, step = f"{len(trained.classes)} in {trained.folder!r}", f"Name another domain by --train. {LAYOUT_STEP}"
+        raise DataError(Problem("--from", "the training images must be of two classes or more", value, next_step=step))
+    reasons = {name: _misfit(_shown(found, name, trained), trained) for name in sizes if name != train}
+    rule = f"must be a domain that can be compared with {train!r}"
+    if asked_for := [name for name in reasons if name in seen and reasons[name]]:
+        raise UsageError([Problem(seen[name], rule, f"{name!r}: {reasons[name]}") for name in asked_for])
+    notes = [f"{name!r} has no role: {reasons[name]}" for name in free if reasons[name]]
+    free = [name for name in free if not reasons[name]]
     num_val = (len(free) + 1) // 2 if ood_test is None else len(free)
     val = free[:num_val] if ood_val is None else ood_val
     test = [name for name in free if name not in val] if ood_test is None else ood_test
-    return Roles(train, tuple(val), tuple(test))
+    return Roles(train, tuple(val), tuple(test), (*_id_notes(found, train), *notes))
+
+
+def _misfit(one: ClassRoot, trained: ClassRoot) -> str:
+    """Returns why a folder cannot be a set beside the training images; empty if it can."""
+    if unknown := sorted(one.classes - trained.classes):
+        return f"no training image is of its class {unknown[0]!r}{and_more(unknown)}"
+    return "" if len(one.classes) > 1 else f"its only class is {min(one.classes)!r}"
+
+
+def _id_notes(found: Sequence[ClassRoot], domain: str) -> Iterator[str]:
+    """Yields what of the domain that trains is not used as it is."""
+    splits = _splits(found, domain)
+    trained = splits["train"]
+    if empty := sorted(trained.counts.keys() - trained.classes):
+        yield f"{empty[0]!r}{and_more(empty)} in {trained.folder!r} holds no image, and is no class"
+    for one in found:
+        if one.domain == domain and one not in splits.values():
+            yield f"{one.folder!r} has no role: {_misfit(one, trained)}"
+    for split, one in splits.items():
+        if missing := sorted(trained.classes - one.classes):
+            among = "its images are classified among the other classes"
+            yield f"id_{split} has no image of {missing[0]!r}{and_more(missing)}: {among}"
 
 
 def draft(
@@ -189,15 +240,15 @@ def draft(
         DataError: There are too few images to train on some and to keep others for id_val and id_test.
     """
     ranges = ranges_for(model)
-    classes = sorted({c for one in found if one.domain == roles.train for c in one.counts})
-    by_split, missing = _splits(found, roles.train)
-    parts, train = _parts(root, by_split["train"], missing)
+    splits = _splits(found, roles.train)
+    classes = sorted(splits["train"].classes)
+    parts, train = _parts(root, splits)
     return _TEMPLATE.substitute(
         path=_text(path),
         num_classes=len(classes),
         name=_text(name),
         model=f"name: {_text(model)}" + ("" if pretrained is None else f", pretrained: {_text(pretrained)}"),
-        data="\n".join(_data(path, found, roles, classes, parts)),
+        data="\n".join(_data(path, found, roles, parts)),
         templates="sandbox" if model == "sandbox" else "openai",
         words="\n".join(_words(classes)),
         learning_rate=ranges.start,
@@ -210,12 +261,13 @@ def draft(
     )
 
 
-def _parts(root: Path, one: ClassRoot, missing: Sequence[str]) -> tuple[Parts, int]:
+def _parts(root: Path, splits: dict[str, ClassRoot]) -> tuple[Parts, int]:
     """Returns the parts of the images that train, and about how many then train.
 
-    For the ``missing`` splits, from 0 on, ``SHARE`` each; the rest for ``train``. If a split of few images gets less
-    than half of its share, the images are cut by their number.
+    For the missing splits, from 0 on, ``SHARE`` each; the rest for ``train``. If a split of few images gets less than
+    half of its share, the images are cut by their number.
     """
+    one, missing = splits["train"], _missing(splits)
     number, ends = one.num_images, [SHARE * (index + 1) for index in range(len(missing))]
     if number < len(missing) + 2:
         others = "".join(f", one for id_{split}" for split in missing)
@@ -240,49 +292,61 @@ def _between(low: float, high: float) -> float:
     return next((number for number in numbers if low < number <= high), high)
 
 
-def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str], parts: Parts) -> list[str]:
-    missing = _splits(found, roles.train)[1]
+def _data(path: str, found: Sequence[ClassRoot], roles: Roles, parts: Parts) -> list[str]:
+    splits = _splits(found, roles.train)
+    trained = splits["train"]
     lines = [
         "# Sets by role: id_val and ood_val are for selection; no model sees id_test and ood_test before `test`.",
         "data:",
+        *(f"  # {note}" for note in roles.notes),
     ]
+    if trained.counts.keys() != trained.classes:  # else they are those of the training images
+        lines.append(f"  classes: [{', '.join(map(_text, sorted(trained.classes)))}]")
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):
-        lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split, parts)}}}")
-        if role == "train" and missing:
+        lines.append(f"  {role}: {{{_id_set(path, splits, split, parts)}}}")
+        if role == "train" and _missing(splits):
             lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     taken = set(ROLES)
     lines.append(
         "  # Shifts. ood_val is used for selection, so ood_test must have other shifts, not only other images."
     )
     if not roles.ood_val:
-        lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val", parts)).splitlines()
+        lines += _CORRUPTED.substitute(of=_id_set(path, splits, "val", parts)).splitlines()
     for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_test)):
         lines += [f"  {role}:"] if domains else []
         for domain in domains:
-            by_split = {one.split: one for one in found if one.domain == domain}
-            shown = _folder(path, next(by_split[split] for split in OOD_SPLITS if split in by_split))
-            there = {name for one in by_split.values() for name in one.counts}
-            some = ", classes: some" if there < set(classes) else ""
-            lines.append(f"    {_text(_free(set_name(domain), taken))}: {{{shown}{some}}}")
+            shown = _set(path, _shown(found, domain, trained), trained)
+            lines.append(f"    {_text(_free(set_name(domain), taken))}: {{{shown}}}")
     return lines
 
 
-def _id_set(path: str, found: Sequence[ClassRoot], domain: str, split: str, parts: Parts) -> str:
-    """Returns the set of a split of a domain: its folder, or a part of the folder that trains."""
-    by_split, missing = _splits(found, domain)
-    if split in by_split and (split != "train" or not missing):
-        return _folder(path, by_split[split])
+def _id_set(path: str, splits: dict[str, ClassRoot], split: str, parts: Parts) -> str:
+    """Returns the set of a split of the domain that trains: its folder, or a part of the folder that trains."""
+    if split in splits and (split != "train" or not _missing(splits)):
+        return _set(path, splits[split], splits["train"])
     low, high = parts[split]
-    return f"{_folder(path, by_split['train'])}, part: [{low:.12g}, {high:.12g}]"
+    return f"{_set(path, splits['train'], splits['train'])}, part: [{low:.12g}, {high:.12g}]"
 
 
-def _splits(found: Sequence[ClassRoot], domain: str) -> tuple[dict[str, ClassRoot], list[str]]:
-    """Returns the folders of a domain by split, one of which is ``train``, and which of val and test are missing."""
+def _splits(found: Sequence[ClassRoot], domain: str) -> dict[str, ClassRoot]:
+    """Returns the folders of a domain by split: one is ``train``, and the others can be compared with it."""
     by_split = {one.split: one for one in found if one.domain == domain}
     if "train" not in by_split:
         largest = max(by_split.values(), key=lambda one: one.num_images)
         by_split["train"] = by_split.pop("" if "" in by_split else largest.split)
-    return by_split, [split for split in ("val", "test") if split not in by_split]
+    trained = by_split["train"]
+    return {split: one for split, one in by_split.items() if one is trained or not _misfit(one, trained)}
+
+
+def _missing(splits: dict[str, ClassRoot]) -> list[str]:
+    return [split for split in ("val", "test") if split not in splits]
+
+
+def _shown(found: Sequence[ClassRoot], domain: str, trained: ClassRoot) -> ClassRoot:
+    """Returns the folder of another domain that shows the shift: of those that can, the first of ``OOD_SPLITS``."""
+    by_split = {one.split: one for one in found if one.domain == domain}
+    there = [by_split[split] for split in OOD_SPLITS if split in by_split]
+    return next((one for one in there if not _misfit(one, trained)), there[0])
 
 
 def _place(path: str, one: ClassRoot) -> dict[str, Any]:
@@ -293,10 +357,12 @@ def _place(path: str, one: ClassRoot) -> dict[str, Any]:
     return {"path": f"{path}/{above}" if above else path, "domains": [last]}
 
 
-def _folder(path: str, one: ClassRoot) -> str:
+def _set(path: str, one: ClassRoot, trained: ClassRoot) -> str:
+    """Returns the set of a folder; it has some of the classes where class folders are empty or missing."""
     place = _place(path, one)
     domains = "".join(f", domains: [{_text(name)}]" for name in place.get("domains", ()))
-    return f"source: folder, path: {_text(place['path'])}{domains}"
+    some = "" if one.counts.keys() == trained.classes else ", classes: some"
+    return f"source: folder, path: {_text(place['path'])}{domains}{some}"
 
 
 def _words(classes: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from carft_ray.data.class_names import class_list, word_problems
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.data.readers import list_set, plain_place, reader_of
-from carft_ray.data.selection import class_problems, empty_problem, selected_rows
+from carft_ray.data.selection import class_problems, empty_problem, name_problems, selected_rows
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.rules import named_sets
@@ -20,7 +20,7 @@ _Held = tuple[dict[str, list[str]], set[str]]
 PARTS = "disjoint parts of one folder share none: [0, 0.8] and [0.8, 1]"
 
 
-def check_sets(recipe: Recipe) -> list[Problem]:
+def check_sets(recipe: Recipe, lists_tests: bool = False) -> list[Problem]:
     """Returns everything wrong with the sets of a recipe, without decoding an image.
 
     Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
@@ -30,6 +30,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
 
     Args:
         recipe: The recipe.
+        lists_tests: Check test roles in the same way as the others.
     """
     problems: list[Problem] = []
     listings: dict[str, Listing] = {}
@@ -37,7 +38,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
     for path, (place, spec) in sets.items():
         if isinstance(spec, SandboxSet):
             problems += sandbox.domain_problems(spec.domain, place)
-        elif path[1] in TEST_ROLES:
+        elif path[1] in TEST_ROLES and not lists_tests:
             problems += reader_of(spec).problems(spec, place)
         else:
             try:
@@ -53,7 +54,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
         if isinstance(spec, SandboxSet):
             problems += sandbox.class_problems(classes, place)
         elif place in listings:
-            found = class_problems(listings[place], spec, classes, place)
+            found = class_problems(listings[place], spec, classes, place) or name_problems(listings[place], place)
             if not found and not len(selected_rows(listings[place], spec)):
                 found = [empty_problem(listings[place], place)]
             problems += found

@@ -28,11 +28,8 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
         DataError: Images or classes are missing; all problems at once.
     """
     wanted = listing.found if classes is None else tuple(classes)
-    if problems := class_problems(listing, spec, wanted, name):
+    if problems := class_problems(listing, spec, wanted, name) or name_problems(listing, name):
         raise DataError(problems)
-    if len(np.unique(listing.ids)) < len(listing):
-        rule = "names of images must differ, also after Unicode normalisation"
-        raise DataError(Problem(f"{name}: {listing.home}", rule))
     chosen = _part_and_shots(listing, spec)
     rows = _not_excluded(listing, chosen)
     if not len(rows):
@@ -52,6 +49,13 @@ def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSou
     rows = _not_excluded(listing, chosen)
     labels = np.zeros(len(rows), np.int64)
     return StoredSource(name, listing, rows, (), labels, selection=chosen, max_pixels=spec.max_pixels)
+
+
+def name_problems(listing: Listing, place: str) -> list[Problem]:
+    """Returns a problem if two images of a listing have one sample id."""
+    if len(np.unique(listing.ids)) == len(listing):
+        return []
+    return [Problem(f"{place}: {listing.home}", "names of images must differ, also after Unicode normalisation")]
 
 
 def empty_problem(listing: Listing, place: str) -> Problem:
