@@ -1,6 +1,7 @@
 """Building open_clip models without their weights, and without their libraries' words on the terminal."""
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 import open_clip
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+MOST_TENSORS = 5_000  # of a model; the largest of open_clip have 1,300
 
 
 def build_model(name: str, device: str = "cpu") -> nn.Module:
@@ -24,6 +28,22 @@ def build_model(name: str, device: str = "cpu") -> nn.Module:
         torch.manual_seed(0)
         options = {"load_weights": False, "pretrained_text": False, "precision": "fp32", "device": device}
         return open_clip.create_model(name, **options)  # type: ignore[no-any-return]  # open_clip is untyped
+
+
+@contextlib.contextmanager
+def few_tensors() -> Iterator[None]:
+    """Ends the building of a model, with a ``ValueError``, that has more than ``MOST_TENSORS``: layers may be any."""
+    numbers = itertools.count(1)
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(numbers) > MOST_TENSORS:
+            raise ValueError(f"more than {MOST_TENSORS:,} tensors")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

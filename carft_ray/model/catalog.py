@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,6 @@ TOKENIZER_OPTIONS: dict[str, tuple[Any, ...]] = {
 MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's tokenizer, a file in their folder
 _WITHOUT = "The tokenizer may work without it: remove the key in a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
-_LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
-_WHOLE = {"embed_dim", "width", "heads", "head_width", "layers", "image_size", "patch_size", "context_length"}
-_WHOLE |= {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_WHOLE |= {"max_position_embeddings", "projection_dim"}
-_MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 
@@ -229,41 +223,24 @@ def folder_problems(folder: Path) -> list[Problem]:
             refuse(option, rule, value, (*TOKENIZER_OPTIONS, MERGES), step)
         elif value not in TOKENIZER_OPTIONS[key]:
             refuse(option, "must be a value of open_clip", value, tuple(map(json.dumps, TOKENIZER_OPTIONS[key])))
-    names = {"vision_cfg.timm_model_name": (vision, r"[\w.-]+", "must be a model name of timm")}
-    names["text_cfg.hf_model_name"] = (text, _PAGE, "must be the name of a page of the hub")
+    page, whole = (f'"{_PAGE}"', "must be the name of a page of the hub"), (r"\d+", "must be a whole number")
+    # what JSON must have under a key; building the model finds all else of which none can be built
+    known = {
+        "vision_cfg.timm_model_name": (r'"[\w.-]+"', "must be a model name of timm"),
+        "vision_cfg.pos_embed_type": ('"learnable"', "must be learnable: the weights have the embeddings"),
+        "vision_cfg.head_width": whole,
+        "vision_cfg.attn_pooler_heads": whole,
+        "text_cfg.heads": whole,
+        "text_cfg.hf_model_name": page,
+    }
     if not has_tokenizer(folder):  # else that is read, whatever the name
-        names["text_cfg.hf_tokenizer_name"] = (text, _PAGE, "must be the name of a page of the hub")
-    for key, (tower, pattern, rule) in names.items():
-        value = tower.get(key.partition(".")[2])
-        if value and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+        known["text_cfg.hf_tokenizer_name"] = page
+    for key, (pattern, rule) in known.items():
+        tower, _, name = key.partition(".")
+        value = {"vision_cfg": vision, "text_cfg": text}[tower].get(name)
+        if value and not re.fullmatch(pattern, json.dumps(value)):
             refuse(key, rule, value)
-    return [*problems, *size_problems(config, f"{folder / OPEN_CLIP_CONFIG}: model_cfg.")]
-
-
-def size_problems(config: Any, place: str) -> list[Problem]:
-    """Returns which numbers of a model's configuration are too large, or can be no sizes.
-
-    Args:
-        config: Of open_clip or of transformers.
-        place: What stands before the path of a key in messages.
-    """
-    problems = []
-    for key, number in _numbers(config, ""):
-        largest = _MOST_LAYERS if "layers" in key or "depth" in key else _LARGEST
-        if key.rpartition(".")[2] in _WHOLE and (type(number) is not int or number < 1):
-            problems.append(Problem(f"{place}{key}", "must be a whole number of at least 1", json.dumps(number)))
-        elif not -largest <= number <= largest:
-            problems.append(Problem(f"{place}{key}", f"must be a number of at most {largest:,}", json.dumps(number)))
     return problems
-
-
-def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    """Yields all numbers of a value of JSON, with their key paths."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        yield from _numbers(part, f"{path}.{key}".strip("."))
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield path, value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torchvision.transforms import Compose
 from carft_ray.errors import DataError, Problem
 from carft_ray.model.building import quiet
 from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
-from carft_ray.model.hub import fetching
+from carft_ray.model.hub import fetched
 from carft_ray.model.pretrained import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.untrusted import MOST_TEXT_BYTES
@@ -175,16 +175,18 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
             rule, said = "the merges of the tokenizer must be readable", f"{options.get(MERGES)}: {error}"
             raise DataError(Problem("model.name", rule, said)) from error
     is_local = folder is not None and has_tokenizer(folder)
-    try:
-        with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
-            options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False}
-            if is_local:
-                options["local_files_only"] = True
-            tokenizer: Callable[[list[str]], Tensor] = HFTokenizer(
-                str(folder) if is_local else wanted, context_length, **options
-            )
+    options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False}
+    if is_local:
+        options["local_files_only"] = True
+
+    def get() -> Callable[[list[str]], Tensor]:
+        with quiet():
+            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, **options)
             tokenizer(["a photo"])  # what opens may still lack what a sentence needs
-            return tokenizer
+        return tokenizer  # type: ignore[no-any-return]  # open_clip is untyped
+
+    try:
+        return fetched("model.name", f"the tokenizer of {name}", None if is_local else wanted, get)
     except ImportError as error:
         rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
         step = "Install it: pip install 'carft-ray[hf]'"

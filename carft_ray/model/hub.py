@@ -2,17 +2,15 @@
 
 import contextlib
 import importlib.util
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from huggingface_hub import constants
 
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.model.building import quiet
 
-_REACH_S = 5.0  # the hub's own client tries for most of a minute before it gives up
+T = TypeVar("T")
 
 
 def require_no_code(page: str, what: str) -> None:
@@ -37,39 +35,37 @@ def require_no_code(page: str, what: str) -> None:
         raise DataError(Problem("model.name", f"{what} ({page}) {rule}", "a configuration with auto_map"))
 
 
-@contextlib.contextmanager
-def fetching(place: str, what: str, page: str | None) -> Iterator[None]:
-    """Reports in one message what could not be fetched from the hub, and the ways without a network.
-
-    Where the hub cannot be reached, its client uses its cache alone, and answers at once.
+def fetched(place: str, what: str, page: str | None, get: Callable[[], T]) -> T:
+    """Returns what is in the hub's cache of this machine, and asks the hub only for what the cache lacks.
 
     Args:
         place: Key of the recipe.
         what: What is fetched, in words.
         page: Its page; None: nothing is fetched.
+        get: Opens it; called again with a connection, where it raises without one.
 
     Raises:
-        DataError: It is neither in the cache nor fetched.
+        DataError: It is neither in the cache nor fetched; has what the hub said, and the ways without a network.
     """
     if page is None:
-        yield
-        return
-    is_reached = not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT)
-    try:
-        with offline(not is_reached), quiet():
-            yield
-    except (ImportError, CarftError):
-        raise
-    except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
-        step = (
-            "Without a network, set model.pretrained to a weights file (.safetensors, or .pt of open_clip), or "
-            "model.name to local-dir:FOLDER, a folder of open_clip or Hugging Face with its tokenizer files. Or copy "
-            "the hub's cache (HF_HOME) from a machine that has them."
-        )
-        rule = f"{what} must be in the hub's cache or be downloaded ({page.strip('/')})"
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        reason = said if is_reached else "not in the cache, and no connection to the hub"
-        raise DataError(Problem(place, rule, reason, next_step=step)) from error
+        return get()
+    with quiet():
+        for is_offline in dict.fromkeys((True, constants.HF_HUB_OFFLINE)):
+            try:
+                with offline(is_offline):
+                    return get()
+            except (ImportError, CarftError):
+                raise
+            except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
+                said = error
+    step = (
+        "Without a network, set model.pretrained to a weights file (.safetensors, or .pt of open_clip), or "
+        "model.name to local-dir:FOLDER, a folder of open_clip or Hugging Face with its tokenizer files. Or copy "
+        "the hub's cache (HF_HOME) from a machine that has them."
+    )
+    rule = f"{what} must be in the hub's cache or be downloaded ({page.strip('/')})"
+    reason = f"{type(said).__name__}: {said}".splitlines()[0]
+    raise DataError(Problem(place, rule, reason, next_step=step)) from said
 
 
 @contextlib.contextmanager
@@ -81,14 +77,3 @@ def offline(is_offline: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _is_reachable(address: str) -> bool:
-    request = urllib.request.Request(address, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_REACH_S):  # by the proxy of the environment, if any
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:  # an answer, too, where the certificate is wrong: the hub's client may have others
-        return isinstance(getattr(error, "reason", error), ssl.SSLError)

@@ -18,7 +18,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from carft_ray.errors import DataError, Problem
-from carft_ray.model.catalog import HUGGING_FACE_CONFIG, size_problems
+from carft_ray.model.catalog import HUGGING_FACE_CONFIG
 from carft_ray.untrusted import parse_json, read_text
 
 PLACE = "model.name"  # of messages: the key that names the folder
@@ -97,7 +97,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         allowed = ", ".join(_ACTIVATIONS)
         rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
         raise DataError(Problem(PLACE, rule, f"{', '.join(activations)} in {path}"))
-    if vision["num_channels"] != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
+    sizes = [tower[key] for tower in (vision, text) for key in ("hidden_size", "num_attention_heads")]
+    if vision["num_channels"] != 3 or min(sizes) < 1 or sizes[0] % sizes[1]:
         raise DataError(Problem(PLACE, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
     eos, last = text["eos_token_id"], text["vocab_size"] - 1
     pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
@@ -129,7 +130,7 @@ def _tower(config: dict[str, Any], name: str, defaults: dict[str, Any], path: Pa
 
 
 def _values(config: dict[str, Any], defaults: dict[str, Any], place: str) -> dict[str, Any]:
-    """Returns the values of a configuration for the keys of ``defaults``, of their types; what is a size is one.
+    """Returns the values of a configuration for the keys of ``defaults``, of their types.
 
     Raises:
         DataError: They are none.
@@ -140,8 +141,8 @@ def _values(config: dict[str, Any], defaults: dict[str, Any], place: str) -> dic
         for name, value in values.items()
         if type(value) is not type(defaults[name])
     ]
-    if problems := wrong or size_problems(values, place):
-        raise DataError(problems)
+    if wrong:
+        raise DataError(wrong)
     return values
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError
 from carft_ray.model import catalog, hugging_face
-from carft_ray.model.building import build_model
-from carft_ray.model.hub import fetching, require_no_code
+from carft_ray.model.building import build_model, few_tensors
+from carft_ray.model.hub import fetched, require_no_code
 from carft_ray.model.weights_files import State, fitted, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.schema.model import LOCAL_DIR, ModelConfig
 
@@ -60,10 +60,13 @@ def open_model(part: ModelConfig) -> Opened:
         return _open_folder(folder)
     if part.name.startswith(catalog.HUB):
         page = part.name.removeprefix(catalog.HUB)
-        with fetching("model.name", part.name, page):
+
+        def download() -> Path:
             path = download_pretrained_from_hf(page, filename=catalog.OPEN_CLIP_CONFIG)
             download_pretrained_from_hf(page)  # into the same folder of the hub's cache
-        return _open_folder(Path(path).parent)
+            return Path(path).parent
+
+        return _open_folder(fetched("model.name", part.name, page, download))
     name = part.name.replace("/", "-")
     config = open_clip.get_model_config(name)
 
@@ -147,13 +150,15 @@ def _open_folder(folder: Path) -> Opened:
 
 
 def _built(build: Callable[[str], nn.Module], state: State, weights: str, place: str) -> nn.Module:
-    """Builds a model with its weights: first without memory, since sizes may be anything, to see that they fit.
+    """Builds a model with its weights: first without memory, to see that its sizes are those of the weights.
 
     Raises:
         DataError: open_clip cannot build it, or the weights are those of another model.
     """
     try:
-        state = fitted(build("meta"), state, weights, place)
+        with few_tensors():
+            shapes = build("meta")
+        state = fitted(shapes, state, weights, place)
         model = build("cpu")
     except BUILD_ERRORS as error:
         rule = "must be of a model that open_clip can build"
@@ -165,11 +170,14 @@ def _built(build: Callable[[str], nn.Module], state: State, weights: str, place:
 
 def _build(address: str, name: str, config: dict[str, Any], device: str) -> nn.Module:
     """Builds a model; the configuration of a text tower of the hub, which another may have named, runs no code."""
-    page = config["text_cfg"].get("hf_model_name")
-    with fetching("model.name", f"the text tower of {name}", page):
+    page, what = config["text_cfg"].get("hf_model_name"), f"the text tower of {name}"
+
+    def build() -> nn.Module:
         if page:
-            require_no_code(page, f"the text tower of {name}")
+            require_no_code(page, what)
         return build_model(address, device)
+
+    return fetched("model.name", what, page, build)
 
 
 def _find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
@@ -177,8 +185,9 @@ def _find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
     if pretrained in open_clip.list_pretrained_tags_by_model(name):
         known: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
         page = known.get("hf_hub") or known.get("url")
-        with fetching("model.pretrained", f"the weights '{pretrained}' of {name}", page):
-            return Path(open_clip.download_pretrained(known)), known
+        what = f"the weights '{pretrained}' of {name}"
+        file = fetched("model.pretrained", what, page, lambda: open_clip.download_pretrained(known))
+        return Path(file), known
     path = Path(pretrained)
     if (tag := _released_as(name, path)) is not None:
         known = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
