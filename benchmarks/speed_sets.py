@@ -33,8 +33,8 @@ from pydantic import TypeAdapter
 from benchmarks.photos import HEIGHT, WIDTH, write_tree
 from benchmarks.rows import Row, apart, median_row
 from carft_ray.data import content as reading
+from carft_ray.data.cached_sets import image_set
 from carft_ray.data.content import reading_threads
-from carft_ray.data.decoded import image_set
 from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set

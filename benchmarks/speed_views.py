@@ -36,9 +36,8 @@ from torchvision import datasets, transforms
 from benchmarks.photos import CLASSES, HEAVY, HEIGHT, LIGHT, WIDTH, Pictures, pictures, pillow, write_tree
 from benchmarks.rows import Row, median_row
 from carft_ray.data.cache import list_entries
-from carft_ray.data.decoded import image_set
+from carft_ray.data.cached_sets import PackedSource, image_set
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.packed import PackedSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import ImageSet, IntArray, PixelArray, Source

@@ -34,8 +34,8 @@ import torch
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
+from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.decoded import image_set
 from carft_ray.data.open_source import open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem

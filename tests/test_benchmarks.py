@@ -28,7 +28,7 @@ from benchmarks import (
 )
 from benchmarks import landscape as landscapes
 from carft_ray import model
-from carft_ray.data.decoded import image_set
+from carft_ray.data.cached_sets import image_set
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic.sandbox import DOMAINS, TEMPLATES, render

@@ -23,10 +23,9 @@ import short_training
 import simplejpeg
 from conftest import ArraySource
 
-from carft_ray.data import cache, packed
-from carft_ray.data.decoded import image_set
+from carft_ray.data import cache, cached_sets
+from carft_ray.data.cached_sets import PackedSource, image_set, pays
 from carft_ray.data.images import decode_image
-from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import CarftError, DataError, StorageError
 from carft_ray.words import counted
 
@@ -58,7 +57,7 @@ def halve(image):
 
 
 def decoded(cache_dir, number, limit_gb=None):
-    """Builds or opens a set of its own for each number; the entry is of about 3 kB."""
+    """Builds or opens a set of its own for each number; the entry is of about 4 kB."""
     return image_set(Pictures(number=number), None, "as-is", cache_dir, None, limit_gb)
 
 
@@ -84,7 +83,7 @@ def pixels_of(found, index):
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
 def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batches(tmp_path, kind, monkeypatch):
     source = Pictures()
-    monkeypatch.setattr(packed, "BATCH_BYTES", 2 * len(source.content(0)))
+    monkeypatch.setattr(cached_sets, "BATCH_BYTES", 2 * len(source.content(0)))
     found = opened(kind, tmp_path)
     (path,) = tmp_path.glob("*.arrow")
     assert (pa.ipc.open_file(path.read_bytes()).num_record_batches > 3) is (kind == "packed")
@@ -352,7 +351,7 @@ def test_packing_pays_for_files_of_no_own_disk_with_a_cache_elsewhere(tmp_path, 
     network, other, own, another = (0, 40), (0, 50), (8, 1), (8, 2)
     for home, cache_dir in ((network, own), (network, other), (network, network), (another, own), (own, network)):
         devices = {Path("/home"): os.makedev(*home), Path("/cache"): os.makedev(*cache_dir)}
-        monkeypatch.setattr(packed, "_device", devices.__getitem__)
+        monkeypatch.setattr(cached_sets, "_device", devices.__getitem__)
         assert pays("/home", False, Path("/cache")) is (home == network and cache_dir != network)
         assert pays("/home", True, Path("/cache"))
 
@@ -413,7 +412,7 @@ def filled(tmp_path):
     return folder
 
 
-CLEANED = {"--older-than 30d": 2, "--older-than 480h": 1, "--to-gb 0.000008": 2, "--to-gb 0": 0, "--all": 0}
+CLEANED = {"--older-than 30d": 2, "--older-than 480h": 1, "--to-gb 0.000009": 2, "--to-gb 0": 0, "--all": 0}
 
 
 @pytest.mark.parametrize(("words", "kept"), CLEANED.items())
@@ -520,7 +519,7 @@ def pixel_sum(kind, folder):
     """Returns the sum of all pixels of a set, from the cache."""
     source = Pictures(folder / "log")
     if kind == "limited":
-        return int(image_set(source, halve, "halved", folder / "cache", limit_gb=3e-6).images_NHWC.sum())  # of 3,834 B
+        return int(image_set(source, halve, "halved", folder / "cache", limit_gb=3e-6).images_NHWC.sum())  # of 4,042 B
     found = opened(kind, folder / "cache", None, source)
     return sum(int(pixels_of(found, index).sum()) for index in range(len(found)))
 

@@ -137,7 +137,7 @@ AROUND = {  # why a module may read files without ``untrusted``
     "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/synthetic/sandbox_shapes"
     " data/synthetic/corruptions data/copies/shared_images results/export/model_card results/page/page",
     "the kernel's files": "store/process",
-    "the user's own cache, token, and code that is trusted": "data/cache data/file_index data/packed training/targets"
+    "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
     " launch/jobs training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/listers"
     " model/pretrained model/weights_files",
@@ -215,7 +215,7 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": "carft_ray carft_ray.environment carft_ray.recipe.loading"
     " carft_ray.recipe.space carft_ray.recipe.rules",
     "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
-    " carft_ray.data.views carft_ray.data.decoded",
+    " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
     " carft_ray.results.report carft_ray.results.reading.study_view carft_ray.results.reading.logs"

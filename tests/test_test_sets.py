@@ -21,9 +21,9 @@ from rich.console import Console
 from stand_in import make_recipe
 from study_steps import finish, searching
 
+from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies import find
-from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import sample_id
 from carft_ray.data.open_source import open_source
 from carft_ray.errors import InterruptedRunError, UsageError

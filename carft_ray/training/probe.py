@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.packed import PackedSource
+from carft_ray.data.cached_sets import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of

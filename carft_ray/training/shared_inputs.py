@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from carft_ray.data.cache import cache_dir
+from carft_ray.data.cached_sets import DecodedSource, PackedSource, image_set, pays
 from carft_ray.data.class_names import class_words
-from carft_ray.data.decoded import DecodedSource, image_set
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.source import ImageSet, Source, identity
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
@@ -72,7 +71,7 @@ def load_shared_inputs(
     Args:
         recipe: The recipe.
         on_image: Called with (set, images done, images in all) while a set is built into the cache; see
-            ``decoded.image_set``.
+            ``cached_sets.image_set``.
         prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
 
     Raises:
