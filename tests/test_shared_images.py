@@ -305,6 +305,8 @@ def test_other_pictures_are_far_apart_and_the_order_makes_no_difference():
     paler = (0.8 * PICTURES["photo"] + 20).astype(np.uint8)
     assert are_one(PICTURES["photo"], paler)  # gain and offset are taken out
     assert not are_one(PICTURES["photo"], np.roll(paler, 1, axis=2))  # colours are other ones
+    grey = Image.fromarray(PICTURES["drawing"]).point([225 + level // 9 for level in range(256)] * 3)
+    assert not are_one(PICTURES["drawing"], np.asarray(grey))  # a ninth of the contrast: another drawing
     assert find.distances(small[0], np.zeros_like(small[0])).item() == np.inf
 
 

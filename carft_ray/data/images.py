@@ -196,7 +196,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     with_alpha = image.convert("RGBA")
-    clear = with_alpha.getchannel("A").point(lambda alpha: 255 if alpha == 0 else 0)
+    clear = Image.fromarray(np.asarray(with_alpha.getchannel("A")) == 0)
     colours = with_alpha.convert("RGB")
     colours.paste(WHITE, mask=clear)
     return colours

@@ -51,13 +51,14 @@ from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import time_left
 
-FORMAT_VERSION = 4  # rises when other pairs are found in the same records
+FORMAT_VERSION = 5  # rises when other pairs are found in the same records
 MOST_BITS = 24  # of 256, by which the hashes of candidates differ
 STEP_UP = 3.0  # grey levels from which on a step up sets a bit: below are noise and compression
 NEAREST = 64  # candidates of an image that are compared: of frames of a video each is one of all others
 LIMIT = 0.02  # largest distance of two thumbnails of one picture
 COLOUR = 6.0  # levels of blue and red (Cb and Cr of JPEG) together, by which the mean colours of one picture differ
 FLOOR = 30.0  # contrast, in grey levels, of which a distance is half of what it is among strong ones
+GAIN = 1.5  # largest contrast of a picture, as a multiple of that of its copy
 LEAST_CONTRAST = 2.0  # a picture below it has only its bytes and pixels to be known by
 NUM_EXAMPLES = 2
 STEP = (
@@ -270,7 +271,8 @@ def distances(first: PixelArray, second: PixelArray) -> _Floats:
 
     It is the mean absolute difference of the grey levels after their mean is subtracted and their standard deviation is
     divided out, less where that is small: noise and compression are so many grey levels whatever the picture. It is
-    infinite without contrast, and if the mean colours differ by more than ``COLOUR``.
+    infinite without contrast, if one picture has ``GAIN`` times the contrast of the other, and if the mean colours
+    differ by more than ``COLOUR``.
 
     Args:
         first: uint8 [K, S, S, 3].
@@ -281,9 +283,10 @@ def distances(first: PixelArray, second: PixelArray) -> _Floats:
     """
     (x_KSS, x_K2), (y_KSS, y_K2) = _centred(first), _centred(second)
     of_x_K, of_y_K = (np.maximum(each.std((1, 2)), 1e-3) for each in (x_KSS, y_KSS))
-    contrast_K = np.sqrt(of_x_K * of_y_K)
+    low_K, high_K = np.minimum(of_x_K, of_y_K), np.maximum(of_x_K, of_y_K)
+    contrast_K = np.sqrt(low_K * high_K)
     apart_K = np.abs(x_KSS / of_x_K[:, None, None] - y_KSS / of_y_K[:, None, None]).mean((1, 2))
-    are_other_K = (np.abs(x_K2 - y_K2).sum(1) > COLOUR) | (np.minimum(of_x_K, of_y_K) < LEAST_CONTRAST)
+    are_other_K = (np.abs(x_K2 - y_K2).sum(1) > COLOUR) | (low_K < LEAST_CONTRAST) | (high_K > GAIN * low_K)
     return np.where(are_other_K, np.inf, apart_K * contrast_K / (contrast_K + FLOOR)).astype(np.float32)
 
 

@@ -75,10 +75,8 @@ class SharedRow:
     @property
     def images(self) -> tuple[tuple[str, int, str, str], tuple[str, int, str, str]]:
         """Both images: key path of the set, sample id, what is done, key path of the other set."""
-        return (
-            (self.set, self.sample_id, self.done, self.other_set),
-            (self.other_set, self.other_sample_id, self.other_done, self.set),
-        )
+        first = (self.set, self.sample_id, self.done, self.other_set)
+        return first, (self.other_set, self.other_sample_id, self.other_done, self.set)
 
 
 COLUMNS = [field.name for field in fields(SharedRow)]
