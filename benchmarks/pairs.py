@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from carft_ray.data.content import reading_threads
 from carft_ray.data.copies.find import SharedPair, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
-from carft_ray.data.synthetic.sandbox import DOMAINS, sandbox_source
+from carft_ray.data.sandbox import DOMAINS, sandbox_source
+from carft_ray.data.source import reading_threads
 from carft_ray.recipe.schema.recipe import Recipe
 
 MOST_TIMES = 3.0  # of Pillow's decoding

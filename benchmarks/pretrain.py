@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
-from carft_ray.data.source import IntArray, PixelArray
-from carft_ray.data.synthetic.sandbox import (
+from carft_ray.data.sandbox import (
     CLASSES,
     DOMAINS,
     IMAGE_SIZE,
+    SHAPE_NAMES,
     SMALL_SCALES,
     TEMPLATES,
     UPRIGHT_DEGREES,
     Attributes,
     render,
 )
-from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES
+from carft_ray.data.source import IntArray, PixelArray
 from carft_ray.files import new_folder, require_new, write_bytes, write_json
 
 NUM_STEPS = 2400

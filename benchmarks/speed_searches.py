@@ -40,7 +40,7 @@ import ray
 from benchmarks.rows import ROOT, Row, descendants, let_workers_import, median_row, peak_mb
 from benchmarks.speed_steps import RECIPE, open_task, resident_training
 from carft_ray import files
-from carft_ray.data.synthetic.sandbox import TEMPLATES, export_images
+from carft_ray.data.sandbox import TEMPLATES, export_images
 from carft_ray.launch.file_transfer import THREADS, FileServer, StudyFiles
 from carft_ray.launch.mailbox import started_here
 from carft_ray.layout import RESULT

@@ -40,7 +40,7 @@ from scipy import special
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
-from carft_ray.results.statistics.optimism import correct_best, ranking_noise
+from carft_ray.results.statistics.paired import correct_best, ranking_noise
 
 SIZES = {"id_val": 500, "ood_1": 300, "ood_2": 300}
 WEIGHTS = {"id_val": 0.5, "ood_1": 0.25, "ood_2": 0.25}

@@ -24,7 +24,7 @@ from carft_ray.errors import CarftError, UsageError
 from carft_ray.launch import driver
 from carft_ray.launch.command import Plan, run_confirm, run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.results.confirm import configurations
+from carft_ray.results import confirmation
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.copy import NUMBERS
 from carft_ray.study import uploads
@@ -95,8 +95,8 @@ def call(argv):
             run_search(Plan(recipe, study_dir, runner=RUNNER))
         else:
             view = read_study(study_dir)
-            stage, _ = configurations.plan(view, 1, 2)
-            fix = lambda study: configurations.fix(study, view.recipe, stage, None)  # noqa: E731
+            stage, _ = confirmation.plan(view, 1, 2)
+            fix = lambda study: confirmation.fix(study, view.recipe, stage, None)  # noqa: E731
             run_confirm(Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command"))
     except CarftError as error:
         print(error, file=sys.stderr)

@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models import register_model
 
-from carft_ray.model.building import quiet
+from carft_ray.model.weights_files import quiet
 from carft_ray.training.checkpoint import save_tensors
 
 WORDS = ("a", "photo", "of", "the", "sketch", "dark", "painting", "in", "fog", "cat", "dog", "car", "tree", "house")

@@ -146,9 +146,9 @@ def call(argv):
         mutated_studies.quicken()
         commands = mutated_studies.commands(here)
     if kind != "recipe" and number % 10:
-        from carft_ray.results import study_figure
+        from carft_ray.results import figure
 
-        study_figure._draw = lambda study: None
+        figure._draw = lambda study: None
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE,) * 2)

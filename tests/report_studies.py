@@ -23,7 +23,7 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.running import started
 from carft_ray.study.training import Failure
-from carft_ray.training.answers import answers, answers_between
+from carft_ray.training.evaluate import answers, answers_between
 from carft_ray.training.thumbnails import write_thumbnails
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

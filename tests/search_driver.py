@@ -18,7 +18,7 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
 from carft_ray.launch.ray_errors import set_aside_error
 from carft_ray.launch.runtime import Runner
-from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.results.figure import figure_at_the_end
 from carft_ray.study.place import own_folder
 
 

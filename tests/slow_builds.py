@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from carft_ray.data import packed
+from carft_ray.data import cached_sets
 from carft_ray.launch import worker
 from carft_ray.layout import STOP
 from carft_ray.training import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
@@ -43,9 +43,12 @@ def slow(base_dir, seconds=SECONDS, at_once=1, waiting_ones=0):
 
     With ``waiting_ones`` it goes on when another process waits for it, or after a minute.
     """
-    build, waiting = packed._build, packed.waiting
+    build, kept = cached_sets._build, cached_sets._kept
 
-    def slow_build(source, path, on_image, short_side):
+    def slow_build(source, kind, made, on_image, path):
+        if kind != cached_sets.PACKED:
+            return build(source, kind, made, on_image, path)
+
         def on_slow_image(done, total):
             time.sleep(seconds / total)
             if on_image is not None:
@@ -57,19 +60,18 @@ def slow(base_dir, seconds=SECONDS, at_once=1, waiting_ones=0):
         deadline = time.monotonic() + 60
         while sum(line["what"] == "waits" for line in notes(base_dir)) < waiting_ones and time.monotonic() < deadline:
             on_slow_image(0, 1000)
-        build(source, path, on_slow_image, short_side)
-        note(base_dir, "ends")
+        build(source, kind, made, on_slow_image, path)
+        return note(base_dir, "ends")
 
-    def noted_waiting(source, on_image):
-        on_wait = waiting(source, on_image)
+    def noted_kept(source, kind, makes, made, view, cache_dir, on_image, limit_gb):
+        def noted_image(done, total):
+            if kind == cached_sets.PACKED and (done, total) == (0, len(source)):  # another process builds
+                note(base_dir, "waits")
+            on_image(done, total)
 
-        def call():
-            note(base_dir, "waits")
-            on_wait()
+        return kept(source, kind, makes, made, view, cache_dir, on_image and noted_image, limit_gb)
 
-        return call
-
-    with mock.patch.object(packed, "_build", slow_build), mock.patch.object(packed, "waiting", noted_waiting):
+    with mock.patch.object(cached_sets, "_build", slow_build), mock.patch.object(cached_sets, "_kept", noted_kept):
         yield
 
 

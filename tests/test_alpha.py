@@ -19,8 +19,15 @@ from study_steps import failed, searching
 
 from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation import metrics
-from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
-from carft_ray.evaluation.constraints import Limit, limits, violations_at
+from carft_ray.evaluation.alpha import (
+    Limit,
+    alphas_at_chance,
+    choose_point,
+    curve_points,
+    limits,
+    measure_curve,
+    violations_at,
+)
 from carft_ray.evaluation.metrics import answers, equal_width_bins
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import concat, correct, correct_matrix, read_predictions, write_predictions

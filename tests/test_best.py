@@ -16,7 +16,7 @@ from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.results.figure import figure_at_the_end
 from carft_ray.store.folder import Folder
 from carft_ray.study.best import Retention
 from carft_ray.study.front import FrontRule, best_point, front_of, front_rule, knee, lexicographic, non_dominated, stand

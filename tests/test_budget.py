@@ -22,8 +22,8 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.schema.recipe import BudgetConfig
+from carft_ray.results.figure import figure_at_the_end
 from carft_ray.results.reading import status_and_ls, study_view
-from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.holding import stopping
 from carft_ray.study.rows import trials
 from carft_ray.study.running import started

@@ -13,7 +13,7 @@ from crash_host import call
 from PIL import Image
 
 from carft_ray import files
-from carft_ray.data.synthetic.sandbox import render
+from carft_ray.data.sandbox import render
 from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.command import Plan, run_search, train_once
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished

@@ -18,7 +18,7 @@ import carft_ray
 from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
-from carft_ray.data.synthetic.sandbox import CLASSES, render
+from carft_ray.data.sandbox import CLASSES, render
 from carft_ray.launch import file_transfer, giving_up, jobs, mailbox, node_files, nodes
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import BACKBONES

@@ -38,8 +38,7 @@ from carft_ray.launch.command import Plan, train_once
 from carft_ray.model.catalog import check_model
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.export.export import export_model
-from carft_ray.results.export.model_card import model_card, preprocessing, usage
+from carft_ray.results.export.export import export_model, model_card, preprocessing, usage
 from carft_ray.results.export.onnx import write_onnx
 from carft_ray.results.export.verify import TOLERANCE
 from carft_ray.results.reading.trained import evaluate_trained, open_trained

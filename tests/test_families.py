@@ -9,10 +9,10 @@ from PIL import Image
 from tiny import load_folder
 from torch.nn import functional
 
-from carft_ray.model.building import quiet
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.heads import build_heads
 from carft_ray.model.tower import layer_groups
+from carft_ray.model.weights_files import quiet
 from carft_ray.training.losses import context_distribution, context_kl
 
 TEMPLATES = ("a photo of a {}", "a sketch of the {}")

@@ -20,10 +20,9 @@ from sources import open_set, told
 
 from benchmarks.photos import photo
 from carft_ray.data import images
-from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.images import FORMATS, _plain_jpeg, decode_image
-from carft_ray.data.listed_sets import open_sets, write_sets
-from carft_ray.data.records import records
+from carft_ray.data.opening import open_sets, write_sets
+from carft_ray.data.records import records, without_bad_images
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
 
@@ -180,7 +179,7 @@ HIDES = re.compile(r"from (PIL\.Image|PIL\.ImageFile|simplejpeg|torchvision\.io)
 
 def test_no_image_is_opened_around_the_gate():
     texts = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
-    gates = {"data/images.py", "data/synthetic/corruptions.py"}
+    gates = {"data/images.py", "data/corruptions.py"}
     assert {name for name, text in texts.items() if OPENS.search(text)} == gates
     assert not [name for name, text in texts.items() if HIDES.search(text)]  # so that a call is seen
 

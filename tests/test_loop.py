@@ -18,8 +18,7 @@ from stand_in import make_recipe
 from tiny import make_tiny_clip
 from torch.overrides import TorchFunctionMode
 
-from carft_ray.data.order import permutation
-from carft_ray.data.views import view_batch
+from carft_ray.data.views import permutation, view_batch
 from carft_ray.errors import DivergedError, StorageError
 from carft_ray.model import device
 from carft_ray.model.classifier import build_classifier, normalised

@@ -12,7 +12,7 @@ import pytest
 import report_studies
 from report_studies import KINDS, make, write_page
 
-from carft_ray.results.page.figures import figures
+from carft_ray.results.page.page import figures
 from carft_ray.results.reading.study_view import read_study
 
 pytestmark = [

@@ -15,11 +15,10 @@ from PIL import Image
 from sources import open_set, told
 
 from carft_ray.data import records as module
-from carft_ray.data.bad_images import without_bad_images
-from carft_ray.data.content import AHEAD, image_digest, in_order, pixel_digest
 from carft_ray.data.copies.find import same_pictures
 from carft_ray.data.images import decode_image
-from carft_ray.data.records import records, thumbnail_of
+from carft_ray.data.records import records, thumbnail_of, without_bad_images
+from carft_ray.data.source import AHEAD, image_digest, in_order, pixel_digest
 from carft_ray.errors import DataError, Problem
 
 NAMES = [f"{name}/{index}.{ending}" for name in ("bird", "cat") for index, ending in enumerate(("jpg", "png") * 6)]

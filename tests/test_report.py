@@ -29,13 +29,11 @@ from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.results.adviser import findings
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 from carft_ray.results.page.data import page_document
-from carft_ray.results.page.figures import FIGURES, figures
-from carft_ray.results.page.page import HERE, packed
+from carft_ray.results.page.page import FIGURES, HERE, figures, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.headline import in_points
-from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import compare, comparison_lines
+from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, ranking_noise
 from carft_ray.results.verdict_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import trials

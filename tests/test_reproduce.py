@@ -20,7 +20,7 @@ from sources import folder_source
 from study_steps import contents, searching
 
 from carft_ray import environment
-from carft_ray.data import content
+from carft_ray.data.source import set_digest
 from carft_ray.errors import CarftError, DataError, HoldOutError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import accuracy, correct, read_predictions, select, sets, write_predictions
@@ -355,7 +355,7 @@ def test_after_the_preparation_the_log_says_data_and_model(original, here, name)
     expected = {}
     for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
         source = folder_source(original / "images", (domain,), None, set_name)
-        expected[set_name] = {"digest": content.set_digest(source), "num_images": len(source)}
+        expected[set_name] = {"digest": set_digest(source), "num_images": len(source)}
     assert found["data"] == expected
     assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
     assert found["templates"] == list(recipe.prompts.templates)

@@ -134,20 +134,20 @@ def test_no_module_unpickles():
 AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
     "writes": "files training/tensorboard store/bucket launch/worker",
-    "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/synthetic/sandbox_shapes"
-    " data/synthetic/corruptions data/copies/shared_images results/export/model_card results/page/page",
+    "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/sandbox"
+    " data/corruptions data/copies/shared_images results/export/export results/page/page",
     "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
     " launch/jobs training/own_function",
-    "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/listers"
+    "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/layouts"
     " model/pretrained model/weights_files",
     "what this process or its driver has just written": "model/clip",
     "what a process that has ended has left, and a node's own files": "launch/ray_errors launch/file_transfer",
 }
 BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
     "pieces of files that a node has made": "launch/file_transfer",
-    "the user's own cache and token": "study/place results/test_sets/notes launch/jobs",
-    "the package's own files": "results/export/model_card results/page/page",
+    "the user's own cache and token": "study/place results/test_sets/summary launch/jobs",
+    "the package's own files": "results/export/export results/page/page",
     "what this process or its driver has just written": "launch/worker launch/ray_errors",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
@@ -214,7 +214,7 @@ def test_no_assert_checks_what_a_user_gives():
 QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": "carft_ray carft_ray.environment carft_ray.recipe.loading"
     " carft_ray.recipe.space carft_ray.recipe.rules",
-    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
+    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.opening"
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
@@ -297,7 +297,7 @@ MAY = {
     "Markup": {"results/page/page.py": "what is Markup is not changed"},
     "html.escape": {"ui/notebook.py": "a whole page of ours in an attribute"},
     "csv.writer": {"data/copies/shared_images.py": "`csv_cell`"},
-    "write_csv": {"results/report_tables.py": "`csv_cell`"},
+    "write_csv": {"results/report.py": "`csv_cell`"},
 }
 NOWHERE = ("print", "from_markup", "from_ansi", "markup=True", "saxutils", "csv.DictWriter", "to_csv")
 MAY |= {name: {} for name in NOWHERE}

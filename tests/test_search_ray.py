@@ -20,7 +20,7 @@ from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.runtime import Runner
-from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.results.figure import figure_at_the_end
 from carft_ray.study.rows import best_row, trials
 
 RUNNER = Runner(stand_in.prepare, stand_in.train)

@@ -8,11 +8,11 @@ import pytest
 from layouts_tables import CLASSES, pictures, write_folder
 from sources import open_set, open_train, open_validation, recipe_of, told
 
-from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared
+from carft_ray.data.records import without_bad_images
 from carft_ray.data.role_checks import check_roles, check_sets
 
 

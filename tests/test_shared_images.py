@@ -21,14 +21,14 @@ from sources import open_train, open_validation
 from benchmarks import pairs
 from benchmarks.photos import photo
 from carft_ray import words
-from carft_ray.data.content import DIGEST_BYTES, pixel_digest
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
 from carft_ray.data.listing import StoredSource, sample_id
-from carft_ray.data.open_source import open_source
+from carft_ray.data.opening import open_source
 from carft_ray.data.readers import excluded_ids
 from carft_ray.data.records import SIDE, Records, thumbnail_of
 from carft_ray.data.role_checks import check_sets
+from carft_ray.data.source import DIGEST_BYTES, pixel_digest
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe

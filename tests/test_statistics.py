@@ -13,8 +13,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics import intervals
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference, p_words
 from carft_ray.results.statistics.intervals import crossed, objective_interval, rank_correlation, values_by_seed
-from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import compare, comparison_lines, holm, row_lines
+from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, holm, ranking_noise, row_lines
 from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console
 

@@ -17,7 +17,7 @@ from carft_ray import cli
 from carft_ray.data.copies.shared_images import SharedRow, read_shared, write_shared
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.results.report_tables import write_tables
+from carft_ray.results.report import write_tables
 from carft_ray.results.verdict_card import Line, latex_card, text_card
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_of

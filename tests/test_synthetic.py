@@ -13,17 +13,15 @@ from pydantic import TypeAdapter
 from sources import absolute_paths, open_validation, recipe_of, told
 from torchvision.transforms.v2 import functional
 
+from carft_ray.data import corruptions as module
+from carft_ray.data import sandbox
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
-from carft_ray.data.listed_sets import open_sets
+from carft_ray.data.corruptions import CORRUPTIONS, corrupt, squared
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
+from carft_ray.data.opening import open_sets, open_source
 from carft_ray.data.role_checks import check_roles, check_sets
-from carft_ray.data.synthetic import corruptions as module
-from carft_ray.data.synthetic import sandbox
-from carft_ray.data.synthetic.corrupted import squared
-from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
-from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
+from carft_ray.data.sandbox import CLASSES, export_images, render, sandbox_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.study.recipe_identity import class_of
@@ -243,7 +241,7 @@ def test_a_training_set_under_corruptions_is_made_once_and_smaller_if_asked(tree
     load_shared_inputs(recipe_of(sets))
     forget_inputs()
     with monkeypatch.context() as patched:
-        patched.setattr("carft_ray.data.synthetic.corrupted.corrupt", None)
+        patched.setattr("carft_ray.data.corruptions.corrupt", None)
         found = load_shared_inputs(recipe_of(sets)).train
         for index, pixels in enumerate(expected):
             np.testing.assert_array_equal(found.pixels(index), pixels)

@@ -25,8 +25,7 @@ from carft_ray.data.cache import MARKER, list_entries
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
-from carft_ray.model.heads import build_heads, cached_heads
-from carft_ray.model.prompts import templates
+from carft_ray.model.heads import build_heads, cached_heads, templates
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.model import PromptsConfig

@@ -25,7 +25,7 @@ from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies import find
 from carft_ray.data.listing import sample_id
-from carft_ray.data.open_source import open_source
+from carft_ray.data.opening import open_source
 from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
@@ -33,14 +33,13 @@ from carft_ray.launch.command import Plan, computing
 from carft_ray.launch.events import Started
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.confirm import configurations
-from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
-from carft_ray.results.confirm.summary import confirm_lines, summarise
+from carft_ray.results import confirmation
+from carft_ray.results.confirmation import PlanRow, Stage, confirm_lines, summarise, write_plan
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
-from carft_ray.results.test_sets import notes
+from carft_ray.results.test_sets import summary
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
@@ -242,21 +241,21 @@ def test_images_of_a_test_set_that_have_changed_since_the_search_are_told(run, h
 
 
 def entry_named(name, study="one"):
-    return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={notes.NAME: name})
+    return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={summary.NOTE_NAME: name})
 
 
 def test_reads_noted_at_the_same_time_are_all_there(here):
     recipe = load_recipe(here / "study" / "resolved.yaml")
     with ThreadPoolExecutor(8) as pool:
         names = [f"{number:016x}" for number in range(24)]
-        list(pool.map(lambda name: notes.note(here / name, recipe, [entry_named(name)]), names))
-    found, problems = notes.note(here, recipe, [entry_named("last")])
+        list(pool.map(lambda name: summary.note_read(here / name, recipe, [entry_named(name)]), names))
+    found, problems = summary.note_read(here, recipe, [entry_named("last")])
     assert problems == []
     assert sorted(one["study"] for one in found) == [str(here / name) for name in names]
 
 
 def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
-    recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / notes.FOLDER
+    recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / summary.NOTES
     place.mkdir()
     whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": find.digests_of_tests(recipe, folder / "cache")}
     (place / "good.json").write_text(json.dumps(whole))
@@ -264,7 +263,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     for name, text in damaged.items():
         (place / f"{name}.json").write_text(text)
     os.mkfifo(place / "pipe.json")
-    found, problems = notes.note(here, recipe, [entry_named("../../beyond")])
+    found, problems = summary.note_read(here, recipe, [entry_named("../../beyond")])
     assert [one["study"] for one in found] == ["x\\x1b[31m"]
     assert len(problems) == len(damaged) + 1
     assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))
@@ -402,11 +401,11 @@ def name_of(view, number):
 
 def fixed(view, first, second=None, against=()):
     with open_study(view.study_dir, view.recipe) as study:
-        configurations.fix(study, view.recipe, first, second, against)
+        confirmation.fix(study, view.recipe, first, second, against)
 
 
 def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
-    stage = configurations.first_stage(view, top=2, num_seeds=3)
+    stage = confirmation.first_stage(view, top=2, num_seeds=3)
     winner, second = name_of(view, 1), name_of(view, 2)
     assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
         (winner, "winner", winner, 0.5, 0.7),
@@ -423,39 +422,39 @@ def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha
 
 
 def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_the_new_winner(view):
-    first, notes = configurations.plan(view, 1, 3)
+    first, notes = confirmation.plan(view, 1, 3)
     fixed(view, first)
-    more, of_more = configurations.plan(view, 2, 5)
-    assert (notes, of_more) == ([], [])
+    more, of_more = confirmation.plan(view, 2, 5)
+    assert (summary, of_more) == ([], [])
     assert set(first.trainings()) < set(more.trainings())
     fixed(view, more)
-    fewer, notes = configurations.plan(view, 1, 3)
+    fewer, notes = confirmation.plan(view, 1, 3)
     assert fewer.trainings() == more.trainings()
     assert notes == ["5 seeds already exist; all of them are used"]
     with searching(view.study_dir, make_recipe(4)) as study:
         finish(study, study.next(), 0.9)
-    now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
+    now, [_, note] = confirmation.plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; the winner is now {now.winner}"
     assert [row.name for row in now.rows if row.role == "winner"] == [now.winner]
     assert first.winner in [row.name for row in now.rows if row.role == "candidate"]
 
 
 def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_did_not_choose(view):
-    first = configurations.first_stage(view, 3, 3)
+    first = confirmation.first_stage(view, 3, 3)
     chosen = name_of(view, 2)
-    second = configurations.second_stage(first, chosen, view.recipe)
+    second = confirmation.second_stage(first, chosen, view.recipe)
     assert [row.name for row in second.rows if row.role != "baseline"] == [chosen]
     assert len({view.recipe.train.seed, *first.seeds, *second.seeds}) == 1 + 3 + 3
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
-    assert configurations.read_plan(view.study_dir) == (first, second)
-    assert configurations.last_stage(view.study_dir) == second
+    assert confirmation.read_plan(view.study_dir) == (first, second)
+    assert confirmation.last_stage(view.study_dir) == second
 
 
 def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, other):
     longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
     further = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
-    row, namesake = configurations.first_stage(view, 1, 2, [further, other, other]).rows[-2:]
+    row, namesake = confirmation.first_stage(view, 1, 2, [further, other, other]).rows[-2:]
     best = other.best
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
     assert [row.training, namesake.training[:-13]] == [f"other-plain-search-{best.name}"] * 2
@@ -463,17 +462,17 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, oth
     assert row.values["epochs"] == longer.epochs
     assert not {"seed", "alpha", "batch_size"} & row.values.keys()  # the last one is as here
     with pytest.raises(UsageError, match="must be another study, but got this one"):
-        configurations.first_stage(view, 1, 2, [view])
+        confirmation.first_stage(view, 1, 2, [view])
     objective = {"kind": "weighted_mean", "id_weight": 0.9}
     other = make_study(view.study_dir.with_name("other"), objective=objective)
     with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
-        configurations.first_stage(view, 1, 2, [other])
+        confirmation.first_stage(view, 1, 2, [other])
 
 
 def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, tmp_path):
     for reason in ("", "once more"):
         write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
-    first, notes = configurations.plan(view, 1, 2, [other])
+    first, notes = confirmation.plan(view, 1, 2, [other])
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this also counts for this study"]
     for _ in range(2):  # the same command again
         fixed(view, first, against=[other])
@@ -481,22 +480,22 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
     fixed(view, first)  # without it, what was compared stays known
     assert num_test_reads(view.study_dir) == 2
-    third = configurations.plan(make_study(tmp_path / "third"), 1, 2, [view])
+    third = confirmation.plan(make_study(tmp_path / "third"), 1, 2, [view])
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this also counts for this study"]
 
 
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
-    study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
+    study_dir, stage = view.study_dir, confirmation.first_stage(view, 2, 2)
     trainings, before = stage.trainings(), trials(study_dir)
     short_sealed.confirm(study_dir, trainings, stand_in.train, num_attempts=2)
-    cost = configurations.cost(read_study(study_dir), stage)
+    cost = confirmation.cost(read_study(study_dir), stage)
     assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
     with open_study(study_dir, view.recipe) as study:
         recover_given(study, trainings)
         spec = study.next()  # and the process is killed here
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []
-    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds already exist."
+    assert confirmation.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds already exist."
     assert trials(study_dir) == before
     rows = {row.name: row for row in confirmations(study_dir)}
     assert {name: row.values for name, row in rows.items()} == trainings
@@ -505,9 +504,9 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
 
 
 def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
-    first = configurations.first_stage(view, 2, 2)
+    first = confirmation.first_stage(view, 2, 2)
     short_sealed.confirm(view.study_dir, first.trainings(), stand_in.train)
-    second = configurations.second_stage(first, name_of(view, 2), view.recipe)
+    second = confirmation.second_stage(first, name_of(view, 2), view.recipe)
     short_sealed.confirm(view.study_dir, second.trainings(), stand_in.train, num_attempts=1)  # and it is killed here
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
@@ -517,7 +516,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
 
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
-    trainings = configurations.first_stage(view, 1, 2).trainings()
+    trainings = confirmation.first_stage(view, 1, 2).trainings()
     with searching(view.study_dir, recipe) as study:
         waiting = study.next()
     short_sealed.confirm(view.study_dir, trainings, stand_in.train, num_attempts=1)

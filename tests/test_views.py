@@ -14,9 +14,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.photos import photo
 from carft_ray.data import views
-from carft_ray.data.order import parts_of, permutation
 from carft_ray.data.philox import STREAM_VIEW, philox4x32, words
-from carft_ray.data.views import view_batch
+from carft_ray.data.views import parts_of, permutation, view_batch
 
 # Random123 1.14, tests/kat_vectors, lines "philox4x32 10": counter, key, expected
 KNOWN_ANSWERS = [

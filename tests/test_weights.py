@@ -25,11 +25,10 @@ from tiny import CONFIG, load_folder
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from carft_ray.errors import CarftError, DataError, RecipeError
-from carft_ray.model.building import build_model
 from carft_ray.model.catalog import TOKENIZER_OPTIONS, activation_problems, check_model, model_warnings
 from carft_ray.model.clip import load_clip, state_hash, wrap_model
-from carft_ray.model.hub import fetched
-from carft_ray.model.weights_files import OPENAI_SIZES, read_weights
+from carft_ray.model.pretrained import fetched
+from carft_ray.model.weights_files import OPENAI_SIZES, build_model, read_weights
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 

@@ -43,7 +43,7 @@ from carft_ray.ui import console
 
 if TYPE_CHECKING:
     from carft_ray.launch.runtime import Runner
-    from carft_ray.results.confirm.configurations import Stage
+    from carft_ray.results.confirmation import Stage
     from carft_ray.results.export.export import Exported
 
 Trainer = Callable[..., Any]
@@ -125,8 +125,8 @@ def search(
     if trust and not trust_word(value):
         logger.warning("--trust has no effect: the recipe has no train.function")
     from carft_ray.launch.command import Plan, run_search
+    from carft_ray.results.figure import figure_at_the_end
     from carft_ray.results.search_summary import study_summary
-    from carft_ray.results.study_figure import figure_at_the_end
     from carft_ray.ui.progress import search_shown
 
     with (
@@ -239,25 +239,25 @@ def confirm(
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.command import Plan, run_confirm
-    from carft_ray.results.confirm import configurations
-    from carft_ray.results.confirm.summary import choose, confirm_lines, summarise
+    from carft_ray.results import confirmation
+    from carft_ray.results.confirmation import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with _sending(recipe, study_dir, notify_url) as sent:
-        first, notes = configurations.plan(view, top, seeds, others)
+        first, notes = confirmation.plan(view, top, seeds, others)
         second: Stage | None = None
         for note in notes:
             logger.warning("%s", note)
 
         def train_stage() -> None:
             stage = second or first
-            say(configurations.cost(study_view.read_study(study_dir), stage))
+            say(confirmation.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
 
                 def fix(held: Any) -> Any:
-                    return configurations.fix(held, recipe, first, second, others)
+                    return confirmation.fix(held, recipe, first, second, others)
 
                 plan = Plan(recipe, study_dir, address, sent(shown), runner)
                 run_confirm(replace(plan, resume_command=resume_command, given=fix))
@@ -265,7 +265,7 @@ def confirm(
         train_stage()
         if winner == "confirmed":
             chosen = choose(study_dir, objective_spec(recipe), first)
-            second = configurations.second_stage(first, chosen, recipe)
+            second = confirmation.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
             train_stage()
     summary = summarise(study_dir, recipe, first, second)

@@ -145,7 +145,7 @@ class Report:
         ``curves`` has a row per measured alpha of a training, ``sets`` one per configuration (or difference) and
         set, with its interval. Raises the same errors as ``document``.
         """
-        from carft_ray.results.report_tables import curves_table, sets_table
+        from carft_ray.results.report import curves_table, sets_table
 
         own = {"trials": rows_table(self.view.trials), "baselines": rows_table(self.view.baselines)}
         return {**own, "curves": curves_table(self.view), "sets": sets_table(self.document["tables"])}
@@ -156,7 +156,7 @@ class Report:
         Raises:
             StorageError: A file cannot be written.
         """
-        from carft_ray.results.report_tables import write_tables
+        from carft_ray.results.report import write_tables
 
         return write_tables(self.tables, Path(folder))
 

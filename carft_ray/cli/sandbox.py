@@ -16,7 +16,7 @@ def sandbox_images(
     json_: common.JsonOption = False,
 ) -> None:
     """Write the sandbox, the built-in synthetic images, as PNG files: domain/class/number.png."""
-    from carft_ray.data.synthetic.sandbox import export_images
+    from carft_ray.data.sandbox import export_images
     from carft_ray.ui.progress import counting
 
     with counting() as begin:

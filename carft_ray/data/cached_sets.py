@@ -35,12 +35,11 @@ import simplejpeg
 from PIL import Image
 
 from carft_ray.data import cache
-from carft_ray.data.content import in_order
+from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.file_index import required
 from carft_ray.data.images import DECODERS, decode_image
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, identity
-from carft_ray.data.synthetic.corrupted import CorruptedSource
+from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, identity, in_order
 from carft_ray.data.views import resize
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import fsync_file
@@ -275,7 +274,7 @@ def _build(source: Source, kind: str, made: Callable[[int], Made], on_image: OnI
     """Writes the file.
 
     Images are made by several threads, and written in order. Those of a record batch go to a plain file first, which
-    has no name, so that memory never holds more than a few images (``content.in_order``).
+    has no name, so that memory never holds more than a few images (``source.in_order``).
     """
     number = len(source)
     with (

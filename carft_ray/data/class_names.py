@@ -1,9 +1,9 @@
 """The classes of a recipe, in the order of their labels, and the words that prompts have for them."""
 
+from carft_ray.data import sandbox
 from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.listing import Listing
 from carft_ray.data.readers import list_set, plain_place
-from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import BenchmarkSet, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.data.content import set_digest
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import Records
-from carft_ray.data.source import Source
+from carft_ray.data.source import Source, set_digest
 
 NUM_EXAMPLES = 5  # of images that are named
 IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is reported

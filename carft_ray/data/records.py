@@ -1,4 +1,6 @@
-"""What one reading of a set's files has found. Every command takes it from the cache, and reads no file again.
+"""What one reading of a set's files has found, and sets without the images that it could not decode.
+
+Every command takes it from the cache, and reads no file again.
 
 Of each image: the hash of its bytes and their number, the hash of its pixels, the thumbnail by which the same picture
 is found (``data.copies.find``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
@@ -16,6 +18,7 @@ Shape letters: N images of a set.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,11 +31,19 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.cache import key_of, made_once
-from carft_ray.data.content import DIGEST_BYTES, image_digest, pixel_digest, reading_threads
 from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.source import IntArray, PixelArray, Source, identity
+from carft_ray.data.source import (
+    DIGEST_BYTES,
+    IntArray,
+    PixelArray,
+    Source,
+    identity,
+    image_digest,
+    pixel_digest,
+    reading_threads,
+)
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 7  # rises when other things are found in the same files
@@ -40,9 +51,7 @@ PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 SIDE = 16  # pixels of a thumbnail
 NUM_NAMED = 3  # images that a warning names
-
 OnProgress = Callable[[int, int], None]
-
 _MODE_BYTES = 8
 _UNREAD = -1  # number of bytes of a file that cannot be read
 _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {  # type, and the value for a file that cannot be read
@@ -57,6 +66,8 @@ _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {  # type, and the value for a fi
 }
 _FIELDS = [pa.field(name, kind, nullable=value is None) for name, (kind, value) in _COLUMNS.items()]
 _NO_NUMBERS = np.empty(0, np.int64)
+_log = logging.getLogger(__name__)
+_warned: set[tuple[str, ...]] = set()  # of this process: images left out; commands open a set several times
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,3 +226,35 @@ def _column(table: pa.Table, name: str) -> PixelArray:
         return np.empty(0, np.uint8)
     width = column.type.bit_width // 8
     return np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]
+
+
+def without_bad_images(
+    source: StoredSource, cache_dir: Path, on_progress: OnProgress = lambda done, total: None
+) -> StoredSource:
+    """Returns a set without the images that cannot be decoded. The log states how many, once per process.
+
+    Args:
+        source: The set.
+        cache_dir: Folder of the cache; made when missing.
+        on_progress: As ``records``.
+
+    Raises:
+        DataError: No image is left.
+        StorageError: The cache cannot be written.
+    """
+    bad = records(source, cache_dir, on_progress=on_progress).problems
+    if not bad:
+        return source
+    left = source.without(list(bad))
+    if left.skipped not in _warned:
+        _warned.add(left.skipped)
+        few = "; ".join(str(problem).splitlines()[0] for problem in list(bad.values())[:NUM_NAMED])
+        text = "%s: %d of %d images cannot be decoded and are left out (on_bad_image: skip): %s"
+        text += (
+            "; carft-ray doctor RECIPE --json lists all in training and validation sets" if len(bad) > NUM_NAMED else ""
+        )
+        _log.warning(text, source.name, len(bad), len(source), few)
+    if not len(left):
+        rule = "there must be at least one image that can be decoded"
+        raise DataError(Problem(source.name, rule, f"none of {len(bad)}, such as {next(iter(bad.values()))}"))
+    return left

@@ -1,7 +1,7 @@
-"""Views of training images as pure functions: nothing is kept between calls, so resume needs only (epoch, step).
+"""Views of training images and the order of an epoch, as pure functions: resume needs only (epoch, step).
 
 A view is what one visit shows of one image: a random crop, resized. It depends on (seed, sample id, visit, view
-parameters), never on rank, world size, batch or the number of epochs.
+parameters), never on rank, world size, batch or the number of epochs. The order of images depends on seed and epoch.
 
 Shape letters: B images of a batch, N images of a set, H height, W width, S side of the view.
 """
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.data.philox import STREAM_VIEW, words
+from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, words
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 
 VIEW_VERSION = 2  # changes when the same arguments give another view; part of the key of whatever stores views
 INTERPOLATION = "bicubic"
-
 _NUM_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -161,3 +160,40 @@ def resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     size = view_HWC.shape[:2]
     resized_BCHW = torch.nn.functional.interpolate(crop_BCHW, size, mode="bicubic", antialias=True)
     view_HWC[:] = resized_BCHW[0].permute(1, 2, 0).numpy()
+
+
+def permutation(seed: int, epoch: int, n: int) -> IntArray:
+    """Returns the order in which an epoch shows a set: a permutation of 0..n-1, int64 [n].
+
+    Position i gets a 64-bit word of (seed, epoch, i); the order is the stable sort of the words. ``epoch`` counts
+    from 0, below 2**32; 0 <= seed < 2**64.
+    """
+    block = words(seed, STREAM_PERMUTATION, epoch, np.arange(n, dtype=np.uint64))[:, 0]
+    keys = block[:, 0].astype(np.uint64) | (block[:, 1].astype(np.uint64) << np.uint64(32))
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def parts_of(
+    order: IntArray, batch_size: int, rank: int, world_size: int, first_batch: int = 0
+) -> Iterator[tuple[int, IntArray]]:
+    """Yields a worker's part of each global batch of an epoch from ``first_batch`` on.
+
+    Global batch i is the i-th slice of ``order``; the last one may be smaller. The part of rank r is **contiguous**:
+    positions ``b * r // world_size`` to ``b * (r + 1) // world_size`` of a batch of b. So the parts of all ranks, one
+    behind the other, are the global batch in its order; they differ by at most one image, and a part is empty where
+    the batch is smaller than the world.
+
+    Args:
+        order: Of an epoch (``permutation``), int64 [n].
+        batch_size: Global batch.
+        rank: This worker.
+        world_size: Number of workers.
+        first_batch: Number of the first one.
+
+    Yields:
+        Where the part begins in ``order``, and its indices.
+    """
+    for start in range(first_batch * batch_size, len(order), batch_size):
+        size = min(batch_size, len(order) - start)
+        first, end = start + size * rank // world_size, start + size * (rank + 1) // world_size
+        yield first, order[first:end]

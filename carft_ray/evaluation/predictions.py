@@ -68,7 +68,7 @@ def predictions_table(
         alpha: Mixing coefficient of the model.
         sample_ids: Stable ids, uint64 [N].
         labels: True classes, [N]. N may be 0 (an empty part of a sharded evaluation).
-        answers_N5: The columns ``OF_LOGITS`` (``training.answers``); ``nll`` is NaN where logits are not finite.
+        answers_N5: The columns ``OF_LOGITS`` (``training.evaluate``); ``nll`` is NaN where logits are not finite.
 
     Raises:
         DivergedError: A logit is not finite.

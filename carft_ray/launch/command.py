@@ -89,7 +89,7 @@ class Plan:
             has one worker.
         change_space: The search space may change.
         around: What surrounds preparation and trainings: a context, given the open study and the number of trials that
-            were finished before, such as ``results.study_figure.figure_at_the_end``.
+            were finished before, such as ``results.figure.figure_at_the_end``.
         shared: Images that stand in two roles; None: those of the study, or they are found now.
     """
 

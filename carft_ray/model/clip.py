@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from carft_ray.errors import DataError, Problem
-from carft_ray.model.building import quiet
 from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
-from carft_ray.model.hub import fetched
-from carft_ray.model.pretrained import PREPROCESSING, Opened, open_model, preprocess_config
+from carft_ray.model.pretrained import PREPROCESSING, Opened, fetched, open_model, preprocess_config
+from carft_ray.model.weights_files import quiet
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.untrusted import MOST_TEXT_BYTES
 

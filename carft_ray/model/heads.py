@@ -1,4 +1,4 @@
-"""Class head and context head from the text tower, embedded once on a machine: every command reads them in the cache.
+"""Class head and context head from a recipe's sentences: embedded once on a machine, then read in the cache.
 
 The key holds all that decides their bits: weights, architecture, token ids (and with them tokenizer, context length,
 templates and class words), the device, its threads and its precision, and the versions of the libraries.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,31 @@ from carft_ray.errors import StorageError
 from carft_ray.model.classifier import at_least_float32
 from carft_ray.model.clip import Clip, model_key, tokenizer_hash
 from carft_ray.model.device import computed_on
+from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.schema.model import PromptsConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import time_left
 
 FORMAT_VERSION = 1
 BATCH_SIZE = 512  # sentences of one pass through the text tower; another one may change last bits
-
 _log = logging.getLogger(__name__)
 Say = Callable[[str], None]
+
+
+def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the sentences with ``{}`` that a recipe's prompts name.
+
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
+    """
+    if not isinstance(prompts.templates, str):
+        return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return BENCHMARKS[prompts.templates].templates
+    if prompts.templates == "sandbox":
+        return sandbox_templates
+    named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(template("{}") for template in named[prompts.templates])
 
 
 def build_heads(

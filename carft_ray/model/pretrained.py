@@ -1,25 +1,38 @@
-"""Finding a model's weights, configuration and preprocessing where a recipe says that they are."""
+"""A model's weights, configuration and preprocessing, where a recipe says that they are; reaching the hub.
 
+No code of a page runs. A hub that cannot be reached is one message.
+"""
+
+import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import open_clip
 import torch
+from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from carft_ray.errors import DataError, Problem, RecipeError
+from carft_ray.errors import CarftError, DataError, Problem, RecipeError
 from carft_ray.model import catalog, hugging_face
-from carft_ray.model.building import build_model, few_tensors
-from carft_ray.model.hub import fetched, require_no_code
-from carft_ray.model.weights_files import State, fitted, folder_files, is_from_openai, read_weights
+from carft_ray.model.weights_files import (
+    State,
+    build_model,
+    few_tensors,
+    fitted,
+    folder_files,
+    is_from_openai,
+    quiet,
+    read_weights,
+)
 from carft_ray.recipe.schema.model import LOCAL_DIR, ModelConfig
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
@@ -27,6 +40,7 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # of open_clip and torch, for configurations of which no model can be built
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, LookupError, RuntimeError, AttributeError, ArithmeticError)
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,3 +257,69 @@ def _has_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
     path, own = folder / "tokenizer_config.json", "CLIPTokenizer"
     kind = hugging_face.read_object(path).get("tokenizer_class", own) if path.is_file() else own
     return vocab_size == CLIP_VOCABULARY and str(kind).startswith(own)
+
+
+def require_no_code(page: str, what: str) -> None:
+    """Refuses a configuration of transformers that names code: open_clip opens it without a word about trust.
+
+    transformers would ask on the terminal whether to run that code, and take any line of the input for an answer.
+
+    Args:
+        page: A page of the hub, or a folder.
+        what: What it is of, in words.
+
+    Raises:
+        DataError: It names code of its own.
+        Exception: It cannot be read; of many kinds.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return  # open_clip says that it is needed
+    from transformers import PretrainedConfig
+
+    if "auto_map" in PretrainedConfig.get_config_dict(page)[0]:
+        rule = "must be a model of transformers itself: code that comes with weights is never run"
+        raise DataError(Problem("model.name", f"{what} ({page}) {rule}", "a configuration with auto_map"))
+
+
+def fetched(place: str, what: str, page: str | None, get: Callable[[], T]) -> T:
+    """Returns what is in the hub's cache of this machine, and asks the hub only for what the cache lacks.
+
+    Args:
+        place: Key of the recipe.
+        what: What is fetched, in words.
+        page: Its page; None: nothing is fetched.
+        get: Opens it; called again with a connection, where it raises without one.
+
+    Raises:
+        DataError: It is neither in the cache nor fetched; has what the hub said, and the ways without a network.
+    """
+    if page is None:
+        return get()
+    with quiet():
+        for is_offline in dict.fromkeys((True, constants.HF_HUB_OFFLINE)):
+            try:
+                with offline(is_offline):
+                    return get()
+            except (ImportError, CarftError):
+                raise
+            except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
+                said = error
+    step = (
+        "Without a network, set model.pretrained to a weights file (.safetensors, or .pt of open_clip), or "
+        "model.name to local-dir:FOLDER, a folder of open_clip or Hugging Face with its tokenizer files. Or copy "
+        "the hub's cache (HF_HOME) from a machine that has them."
+    )
+    rule = f"{what} must be in the hub's cache or be downloaded ({page.strip('/')})"
+    reason = f"{type(said).__name__}: {said}".splitlines()[0]
+    raise DataError(Problem(place, rule, reason, next_step=step)) from said
+
+
+@contextlib.contextmanager
+def offline(is_offline: bool) -> Iterator[None]:
+    """Says for a block whether the hub's client, and with it open_clip and transformers, uses its cache alone."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = is_offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

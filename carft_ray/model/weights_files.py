@@ -1,23 +1,28 @@
-"""Files of CLIP weights: read without unpickling code, compared with a model, and put into it."""
+"""Models without weights, and files of CLIP weights: read without unpickling code, compared, and put into a model."""
 
+import contextlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from carft_ray.errors import DataError, Problem
-from carft_ray.model.building import quiet
 from carft_ray.model.catalog import WEIGHTS_ENDINGS
 from carft_ray.untrusted import open_regular, parse_json, read_text
 
+MOST_TENSORS = 5_000  # of a model; the largest of open_clip have 1,300
 SAFETENSORS = ".safetensors"
 MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion numbers, has 20 GB
 # with the tensors in OpenAI's own state: integers of the model's sizes
@@ -25,8 +30,53 @@ OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
 _MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight times the side of an image
 _NUM_CHARACTERS = 600  # of torch's message about weights that do not fit
-
 State = dict[str, Tensor]
+
+
+def build_model(name: str, device: str = "cpu") -> nn.Module:
+    """Returns an open_clip model with untrained weights, float32.
+
+    They are the same in every process, so that the workers of a training begin with one model; the state of the random
+    generator stays as it was.
+
+    Args:
+        name: A model name of open_clip, or 'local-dir:FOLDER'.
+        device: 'cpu', or 'meta' for a model that takes no memory and has shapes alone.
+    """
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        options = {"load_weights": False, "pretrained_text": False, "precision": "fp32", "device": device}
+        return open_clip.create_model(name, **options)  # type: ignore[no-any-return]  # open_clip is untyped
+
+
+@contextlib.contextmanager
+def few_tensors() -> Iterator[None]:
+    """Ends the building of a model, with a ``ValueError``, that has more than ``MOST_TENSORS``: layers may be any."""
+    numbers = itertools.count(1)
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(numbers) > MOST_TENSORS:
+            raise ValueError(f"more than {MOST_TENSORS:,} tensors")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps libraries' warnings and logs off the terminal: open_clip uses the root logger, the hub's client its own."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    handlers = list(root.handlers)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers  # a call on the root logger adds one where there is none
 
 
 def read_weights(path: Path, place: str) -> State:

@@ -22,7 +22,7 @@ class Benchmark:
         needs_split: Whether it must be given; else all images are meant without.
         only_tests: Why it may have a test role only; empty for the others.
         folders: Where under the set's path its root may be, by preference: the archives' folders; '' is the path.
-        lister: The function of ``data.benchmarks.listers`` that lists the images.
+        lister: The function of ``data.benchmarks.layouts`` that lists the images.
         images: Folders of the root that hold the images, {split} for the split; '' is the root. Sets of domains have
             the folders of the domains instead.
         signs: What else must be in the root, as a pattern: lists of the split, or what tells it from another folder.
@@ -35,7 +35,7 @@ class Benchmark:
         classes: Folders, or labels of the table, in the order of this set's labels. The second of two labels with one
             name has its number behind the name.
         words: What stands for a class in a prompt, in the same order. None: see ``data.benchmarks.reader``.
-        templates: Prompt templates with ``{}``; empty: ``prompts.templates`` cannot name the set.
+        templates: Prompt templates with ``{}``; empty: ``heads.templates`` cannot name the set.
     """
 
     title: str

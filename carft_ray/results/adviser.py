@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.messages import train_problems
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
-from carft_ray.results.confirm.configurations import read_plan
+from carft_ray.results.confirmation import read_plan
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines

@@ -1,40 +1,55 @@
-"""What a study's numbers are worth (`report`): the best as measured and corrected for the choice, the headline.
+"""What a study's numbers are worth (`report`): the best as measured and corrected for the choice, the headline, tables.
 
-Everything is read from stored validation predictions; no test set is opened.
+Everything is read from stored validation predictions; no test set is opened. The tables may be written as CSV files.
 """
 
+import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 
+from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
-from carft_ray.results.confirm.summary import confirm_lines
-from carft_ray.results.pareto import front_data, front_lines
-from carft_ray.results.reading.status_and_ls import num_test_reads
+from carft_ray.results.confirmation import confirm_lines
+from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
-from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import later_best, row_lines
+from carft_ray.results.statistics.paired import correct_best, later_best, ranking_noise, row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.study.training import TrialRow
+from carft_ray.untrusted import csv_cell
 from carft_ray.words import counted, times
 
 OWN_CHOICES = (
     "Your own trainer sees the labelled validation sets: its own choices on them (a checkpoint, when to stop) are not "
     "counted, and no number here is corrected for them."
+)
+_OF_SETS = pa.schema(
+    [
+        ("evidence", pa.string()),  # test sets, validation sets with fresh seeds, or the search
+        ("name", pa.string()),  # of the configuration; of a difference, "winner - baseline"
+        ("role", pa.string()),  # best, winner, baseline, ..., difference
+        ("alpha", pa.float64()),
+        ("set", pa.string()),  # or ood_mean, objective
+        ("mean", pa.float64()),
+        ("low", pa.float64()),  # 95 % interval, where there is one
+        ("high", pa.float64()),
+    ]
 )
 
 
@@ -159,3 +174,56 @@ def _count_lines(recipe: Recipe, counts: dict[str, Any]) -> list[str]:
         f"on these validation images; test sets were read {times(counts['test_reads'])}.",
         *([OWN_CHOICES] if own_functions(recipe) else []),
     ]
+
+
+def curves_table(view: Overview) -> pa.Table:
+    """Returns the alpha curves of all finished trials and baselines, a row per measured point.
+
+    Columns: ``kind``, ``name``, ``alpha``, ``chosen``, then every metric of the points.
+    """
+    rows = [
+        {"kind": row.kind, "name": row.name, "chosen": point["alpha"] == row.alpha, **point}
+        for row in (*view.trials, *view.baselines)
+        for point in view.result(row).get("curve") or ()
+    ]
+    own = {"kind": pa.string(), "name": pa.string(), "alpha": pa.float64(), "chosen": pa.bool_()}
+    names = dict.fromkeys([*own, *(name for row in rows for name in row)])
+    return pa.table({name: pa.array([row.get(name) for row in rows], own.get(name, pa.float64())) for name in names})
+
+
+def sets_table(tables: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Returns accuracies per set with their intervals, and the differences to the baselines, a row per number.
+
+    Args:
+        tables: Of ``page.data.set_tables``, the best evidence first.
+    """
+    rows = [
+        {"evidence": table["label"], "role": "difference", "alpha": None, **row, "set": name, **cell}
+        for table in tables
+        for row in (*table["rows"], *table["differences"])
+        for name, cell in zip(table["sets"], row["cells"], strict=True)
+        if cell
+    ]
+    return pa.table({each.name: pa.array([row.get(each.name) for row in rows], each.type) for each in _OF_SETS})
+
+
+def write_tables(tables: Mapping[str, pa.Table], folder: Path) -> list[Path]:
+    """Writes each table as ``NAME.csv``; returns the paths.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    paths = {folder / f"{name}.csv": table for name, table in tables.items()}
+    for path, table in paths.items():
+        files.write_bytes(path, _csv(table))
+    return [*paths]
+
+
+def _csv(table: pa.Table) -> bytes:
+    for index, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_string(column.type):
+            cells = pa.array([None if text is None else csv_cell(text) for text in column.to_pylist()], pa.string())
+            table = table.set_column(index, name, cells)
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table.rename_columns([*map(csv_cell, table.column_names)]), buffer)
+    return buffer.getvalue()

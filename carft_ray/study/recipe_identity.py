@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.formats.labels import read_class_names
+from carft_ray.data.formats.folder import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import COMMITS, MANIFEST, RESOLVED
 from carft_ray.recipe import loading

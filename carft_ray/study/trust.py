@@ -28,7 +28,7 @@ from carft_ray.study.place import DRIVEN, STUDIES, address_in
 WRITTEN = "written"  # in the cache
 OPTION = "--trust-paths"
 _CACHE_KEYS = ("data.cache_dir", "data.cache_gb")
-_UP = re.compile(r"(^|[/{},])\.{1,2}($|[/{},])")  # in a pattern (``data.formats.shards``): ``{..,..}`` may lead up
+_UP = re.compile(r"(^|[/{},])\.{1,2}($|[/{},])")  # in a pattern (``data.formats.webdataset``): ``{..,..}`` may lead up
 
 logger = logging.getLogger(__name__)
 

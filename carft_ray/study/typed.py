@@ -154,7 +154,7 @@ class Prepared(_Strict):
 
 
 class PlanRow(_Strict):
-    """A configuration in ``confirm/plan.json`` (``results.confirm.configurations``)."""
+    """A configuration in ``confirm/plan.json`` (``results.confirmation``)."""
 
     name: Words
     role: Words

@@ -23,13 +23,13 @@ from carft_ray.data.copies.find import SharedPair, shared_pairs
 from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.describe import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
+from carft_ray.data.opening import open_source
 from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import Source
-from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.metrics import chance, is_above_chance, wilson
 from carft_ray.evaluation.predictions import accuracy
@@ -37,8 +37,7 @@ from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.device import device_of, precision_words, set_up
-from carft_ray.model.heads import Say, cached_heads
-from carft_ray.model.prompts import templates
+from carft_ray.model.heads import Say, cached_heads, templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.rules import named_sets, warnings
 from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from carft_ray.data.order import parts_of, permutation
 from carft_ray.data.source import IntArray, Source
+from carft_ray.data.views import parts_of, permutation
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip

@@ -23,8 +23,15 @@ from carft_ray import files, layout
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import RecipeError
-from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
-from carft_ray.evaluation.constraints import limits
+from carft_ray.evaluation.alpha import (
+    At,
+    alphas_at_chance,
+    choose_point,
+    curve_points,
+    is_at_chance,
+    limits,
+    measure_curve,
+)
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.benchmarks import listers
-from carft_ray.data.benchmarks.layouts import STEP
-from carft_ray.data.benchmarks.listers import HOLDOUT, chosen_domains
+from carft_ray.data.benchmarks import layouts
+from carft_ray.data.benchmarks.layouts import HOLDOUT, STEP, chosen_domains
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT, Benchmark
@@ -36,7 +35,7 @@ def list_benchmark(spec: BenchmarkSet, place: str) -> Listing:
     if problems := benchmark_problems(spec, place):
         raise DataError(problems)
     facts = BENCHMARKS[spec.name]
-    listing: Listing = getattr(listers, facts.lister)(_root(spec), spec, facts, place)
+    listing: Listing = getattr(layouts, facts.lister)(_root(spec), spec, facts, place)
     if problems := list(_class_problems(listing, spec, facts, place)):
         raise DataError(problems)
     return _in_class_list(listing, spec, facts)

@@ -15,12 +15,18 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from carft_ray.data.content import image_digest
 from carft_ray.data.file_index import kept_index
-from carft_ray.data.formats.folder import file_listing, missing_files
-from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
-from carft_ray.data.formats.shards import find_files, folder_of
+from carft_ray.data.formats.folder import (
+    check_names,
+    file_listing,
+    missing_files,
+    named_classes,
+    read_class_names,
+    whole_numbers,
+)
+from carft_ray.data.formats.webdataset import find_files, folder_of
 from carft_ray.data.listing import Listing, and_more, image_table
+from carft_ray.data.source import image_digest
 from carft_ray.data.table_rows import (
     ENDINGS,
     extension_in,

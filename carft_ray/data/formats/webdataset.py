@@ -4,11 +4,17 @@ other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the las
 Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.file_index``); then an image is
 one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
 samples change no name, and a packed tree has the names of the tree. Only images, labels and JSON are ever read.
+
+The ``path`` of a set in large files, also of tables, is a file, a folder of files, or a pattern: ``{000..012}`` counts,
+``{a,b}`` lists, ``*``, ``?``, ``[ab]`` match.
 """
 
+import glob
+import itertools
 import json
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +23,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from carft_ray.data.file_index import kept_index
-from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
-from carft_ray.data.formats.shards import find_files, folder_of
+from carft_ray.data.formats.folder import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, and_more, image_table
-from carft_ray.errors import DataError, Problem
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import WebDatasetSet
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
@@ -38,8 +43,9 @@ _COMPRESSED_STEP = "Unpack it (gunzip), or write it again without compression, w
 _LARGEST_LABEL, _LARGEST_HEADER = 2**20, 2**20  # bytes
 _ALONE = "a shard must not be compressed: its images could not be read one by one"
 _INDEX = pa.schema({"name": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.string()})
-
 Spot = Callable[[int], str]
+MOST_FILES = 100_000  # of a count in braces
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> Listing:
@@ -238,3 +244,72 @@ def _plain(name: str) -> str:
 def _cut_off(place: str) -> Problem:
     rule = "must be a whole tar archive"
     return Problem(place, rule, "one that is cut off or damaged", next_step="Fetch or write it again.")
+
+
+def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> list[Path]:
+    """Returns the files that a path means, sorted where a folder or a pattern is searched.
+
+    Args:
+        written: The path, as the recipe has it.
+        endings: Endings of the files that are meant, in small letters.
+        place: Where the path is named, for the problems.
+        step: What to do when nothing is there.
+
+    Raises:
+        DataError: There are none, or others: a pipe or device, of which reading may never end.
+        PermissionError: A folder may not be read.
+    """
+    path = Path(written)
+    mode = _mode(path)
+    if mode is not None and stat.S_ISDIR(mode):
+        names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_file())
+        files = [path / name for name in names if name.lower().endswith(endings)]
+    elif mode is not None:
+        files = [path]
+    else:
+        texts = list(itertools.islice(_expanded(str(path)), MOST_FILES + 1))
+        if len(texts) > MOST_FILES:
+            raise DataError(Problem(place, f"a pattern must count at most {MOST_FILES} files", written))
+        files = [Path(match) for text in texts for match in sorted(glob.glob(text)) or [text]]
+    wrong = [file for file in files if not (file.name.lower().endswith(endings) and os.path.isfile(file))]
+    if files and not wrong:
+        return files
+    there = os.listdir(path.parent) if mode is None and path.parent.is_dir() else []
+    rule = "must be a file, a folder, or a pattern of files that end in one of the allowed ways"
+    what = "" if not wrong or os.path.lexists(wrong[0]) else "no such file: "
+    value = f"{what}{wrong[0]}{and_more(wrong)}" if wrong else f"none in {path}"
+    raise DataError(Problem(place, rule, value, endings, nearest(path.name, there), step))
+
+
+def folder_of(written: str) -> Path:
+    """Returns the folder that holds the files of a path: itself where it is a folder."""
+    path = Path(written)
+    if os.path.isdir(path):
+        return path
+    return next(parent for parent in path.parents if not re.search(r"[{*?\[]", str(parent)) or parent.is_dir())
+
+
+def _mode(path: Path) -> int | None:
+    """Returns the mode of what stands at a path; None where nothing does."""
+    try:
+        return path.stat().st_mode
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return None
+
+
+def _expanded(text: str) -> Iterator[str]:
+    """Yields the texts that braces stand for, the first brace changing slowest."""
+    found = _BRACES.search(text)
+    if found is None:
+        yield text
+        return
+    low, high, listed = found.groups()
+    if listed is None:
+        width = len(low) if low.startswith("0") else 0
+        words: Iterator[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))
+    else:
+        words = iter(listed.split(","))
+    for word in words:
+        yield from _expanded(text[: found.start()] + word + text[found.end() :])

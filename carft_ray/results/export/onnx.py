@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carft_ray.model.building import quiet
 from carft_ray.model.classifier import ImageClassifier
+from carft_ray.model.weights_files import quiet
 
 ONNX_NAME = "model.onnx"
 MAX_SINGLE_FILE = 1_500_000_000  # bytes; a protobuf holds 2 GiB, larger weights are in model.onnx.data next to it

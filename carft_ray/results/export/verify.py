@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.model.building import quiet
 from carft_ray.model.classifier import ImageClassifier
-from carft_ray.model.hub import offline
+from carft_ray.model.pretrained import offline
+from carft_ray.model.weights_files import quiet
 from carft_ray.results.export.onnx import ONNX_NAME
 from carft_ray.results.reading.trained import HEAD_NAME, Trained
 from carft_ray.training.checkpoint import load_tensors

@@ -2,8 +2,12 @@
 
 ``status``, ``report``, ``confirm`` and ``test`` are the documents that these commands print with `--json`, and
 ``baselines`` and ``trials`` those of `ls --sort number --json`. The rest is read from stored results and predictions.
+
+Validation images whose answer changes between zero-shot, the chosen alpha and alpha 1 are among it: a training has
+kept their pictures (``training.thumbnails``), and its predictions say what has changed.
 """
 
+import base64
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,18 +17,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from carft_ray import __version__, files
 from carft_ray.data.copies.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
-from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
-from carft_ray.layout import CONFIRM, LOG, TEST_DIR
+from carft_ray.evaluation.objective import ID_SET, objective_spec
+from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predictions, select, sets
+from carft_ray.layout import CONFIRM, LOG, TEST_DIR, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.data import plain
 from carft_ray.results.adviser import findings
-from carft_ray.results.page.changed_images import changed_images, points_of_best
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
@@ -36,9 +40,22 @@ from carft_ray.study.place import named
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import best_first
 from carft_ray.study.training import TrialRow
+from carft_ray.training.thumbnails import changed, read_thumbnails
 
 NUM_CURVES = 12  # best trials whose alpha curves are drawn
 NUM_CLASSES = 5  # that a table of changed answers names
+# by pattern (``thumbnails.changed``): at zero-shot, at the chosen alpha, at alpha 1; two where the last two are one
+TITLES = {
+    "011": "Become right",
+    "010": "Right only at the chosen alpha",
+    "001": "Become right only at alpha 1",
+    "100": "Become wrong",
+    "110": "Become wrong only at alpha 1",
+    "101": "Wrong only at the chosen alpha",
+    "01": "Become right",
+    "10": "Become wrong",
+}
+Point = tuple[str, float]
 
 
 def page_document(view: Overview) -> dict[str, Any]:
@@ -195,9 +212,9 @@ def _reliability(view: Overview) -> list[dict[str, Any]]:
         return []
     table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)
     found = []
-    for role, sets in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
-        for name, alpha in points if sets else ():
-            part = pa.concat_tables([select(table, each, alpha) for each in sets])
+    for role, names in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
+        for name, alpha in points if names else ():
+            part = pa.concat_tables([select(table, each, alpha) for each in names])
             found.append({"role": role, "model": name, "alpha": alpha, "bins": reliability(answers(part))})
     return found
 
@@ -246,3 +263,76 @@ def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
         gaps = [None if own is None or value is None else _cell(own - value) for own, value in values]
         differences.append({"name": f"{best['name']} - {row['name']}", "cells": gaps})
     return {"label": "Validation sets, the search", "sets": [*keys], "rows": rows, "differences": differences[1:]}
+
+
+def points_of_best(view: Overview) -> list[Point]:
+    """Returns the points at which the best trial is compared with itself, by name; where it is at alpha 1, two."""
+    best = view.best
+    if best is None or not predictions_path(view.study_dir, best).exists():
+        return []
+    known = alphas(read_predictions(predictions_path(view.study_dir, best)), ID_SET)
+    wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
+    if wanted["chosen"] == wanted["fine-tuned"]:
+        del wanted["fine-tuned"]
+    return [(name, alpha) for name, alpha in wanted.items() if alpha in known]
+
+
+def changed_images(view: Overview, points: Sequence[Point], class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the images of the best trial whose answers change and of which there is a picture, by pattern.
+
+    Args:
+        view: The study; with ``evaluate.thumbnails: 0`` none is shown, whatever a training has kept.
+        points: Of ``points_of_best``.
+        class_names: In label order.
+
+    Returns:
+        Of each pattern that an image has ``title``, ``num_images`` (of all sets, with and without a picture) and
+        ``images``: ``set``, ``label``, ``answers`` (``model``, ``alpha``, ``answer``, ``right``) and ``picture``, an
+        address that holds it. Empty where there is no picture.
+    """
+    best, most = view.best, view.recipe.evaluate.thumbnails
+    if best is None or len(points) < 2 or not most:
+        return []
+    pictures = read_thumbnails(files.inside(view.study_dir, f"{best.attempt_name}/{THUMBNAILS}")).slice(0, most)
+    if not len(pictures):
+        return []
+    known: dict[str, dict[int, bytes]] = {}
+    for row in pictures.to_pylist():
+        known.setdefault(row["set"], {})[row["sample_id"]] = row["jpeg"]
+    table = read_predictions(predictions_path(view.study_dir, best))
+    names = dict(enumerate(class_names))
+    found: dict[str, dict[str, Any]] = {}
+    for set_name in sets(table):
+        shown = known.get(set_name, {})
+        rows = [_by_id(select(table, set_name, alpha), list(shown)) for _, alpha in points]
+        for pattern, ids in changed(table, set_name, [alpha for _, alpha in points]).items():
+            group = found.setdefault(pattern, {"title": TITLES[pattern], "num_images": 0, "images": []})
+            group["num_images"] += len(ids)
+            group["images"] += [
+                _image(set_name, shown[each], points, [row[each] for row in rows], names)
+                for each in ids.tolist()
+                if each in shown
+            ]
+    return [found[pattern] for pattern in TITLES if pattern in found and found[pattern]["images"]]
+
+
+def _by_id(part: pa.Table, ids: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Returns label and prediction of some images."""
+    part = part.filter(pc.is_in(part["sample_id"], pa.array(ids, pa.uint64())))
+    labels, predictions = (part[name].to_pylist() for name in ("label", "prediction"))
+    return dict(zip(part["sample_id"].to_pylist(), zip(labels, predictions, strict=True), strict=True))
+
+
+def _image(
+    set_name: str, jpeg: bytes, points: Sequence[Point], rows: Sequence[tuple[int, int]], names: dict[int, str]
+) -> dict[str, Any]:
+    label = rows[0][0]
+    return {
+        "set": set_name,
+        "label": names.get(label, f"class {label}"),
+        "answers": [
+            {"model": model, "alpha": alpha, "answer": names.get(answer, f"class {answer}"), "right": answer == label}
+            for (model, alpha), (_, answer) in zip(points, rows, strict=True)
+        ],
+        "picture": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}",
+    }

@@ -1,6 +1,9 @@
 """The page of a study: one HTML file with everything in it, readable without JavaScript and without a network.
 
 Whatever a study holds, the page runs its own scripts alone and loads nothing: its policy says so to the browser.
+
+It has only the figures that it has the numbers for (``FIGURES``). The template has their titles, and ``page.js`` draws
+them, each by a function of its name.
 """
 
 import base64
@@ -15,11 +18,10 @@ from urllib.parse import quote
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import FOLDERS
-from carft_ray.results.figure import rendered
-from carft_ray.results.page.figures import figures
+from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.study_figure import study_figure
 from carft_ray.results.verdict_card import verdict
+from carft_ray.study.importance import MIN_TRIALS
 from carft_ray.untrusted import require_nothing_outside, visible
 
 HERE = Path(__file__).parent
@@ -35,6 +37,7 @@ NAMES = {  # as people read them
 _FIRST = """document.documentElement.className = "js"; try { const t = localStorage.getItem("carft-theme"); \
 if (t) document.documentElement.dataset.theme = t; } catch (e) {}"""
 _DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
+Document = Mapping[str, Any]
 
 
 def page(view: Overview, document: Mapping[str, Any], path: Path) -> str:
@@ -175,3 +178,56 @@ def _number(value: float | None) -> str:
 
 def _value(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def figures(document: Document) -> dict[str, list[str]]:
+    """Returns the names of the figures that a document has the numbers for, by part of the page, in its order."""
+    return {
+        part: [name for name, is_there in several.items() if is_there(document)] for part, several in FIGURES.items()
+    }
+
+
+def _complete(document: Document) -> list[Mapping[str, Any]]:
+    return [row for row in document["trials"] if row["outcome"] == "complete" and row["objective"] is not None]
+
+
+def _pairs(document: Document) -> bool:
+    rows = [*_complete(document), *document["baselines"]]
+    return document["has_ood"] and any("ood_accuracy" in row["metrics"] for row in rows)
+
+
+def _searched(document: Document, at_least: int) -> bool:
+    """Returns whether a parameter takes two values over at least so many complete trials."""
+    rows = _complete(document)
+    if len(rows) < at_least:
+        return False
+    return any(len({str(row["values"].get(name)) for row in rows}) > 1 for name in document["space"])
+
+
+def _both_searched(document: Document) -> bool:
+    rows = _complete(document)
+    numeric = all(document["space"].get(name, {}).get("low") is not None for name in ("learning_rate", "kl_weight"))
+    return numeric and len(rows) >= MIN_TRIALS
+
+
+FIGURES: dict[str, dict[str, Callable[[Document], bool]]] = {
+    "Results": {
+        "front": _pairs,
+        "alphas": lambda document: bool(document["curves"]) and not _pairs(document),
+        "sets": lambda document: bool(document["tables"]),
+        "changes": lambda document: bool(document["changes"]),
+    },
+    "Search": {
+        "history": lambda document: bool(_complete(document)),
+        "slices": lambda document: _searched(document, 2),
+        "importance": lambda document: bool(document["importance"]),
+        "contour": _both_searched,
+        "parallel": lambda document: _searched(document, 3),
+        "pruning": lambda document: bool(document["status"]["pruner"]) and bool(document["intermediate_values"]),
+        "timeline": lambda document: any(seconds > 0 for _, seconds in document["seconds"].values()),
+    },
+    "Trust": {
+        "optimism": lambda document: (document["report"] or {}).get("corrected") is not None,
+        "reliability": lambda document: bool(document["reliability"]),
+    },
+}

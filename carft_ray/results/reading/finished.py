@@ -13,7 +13,7 @@ from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import TrainConfig
-from carft_ray.results.pareto import placed
+from carft_ray.results.reading.status_and_ls import placed
 from carft_ray.results.reading.study_view import find_row, require_study
 from carft_ray.study import recipe_identity, typed
 from carft_ray.study.place import Place

@@ -23,8 +23,8 @@ from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
+from carft_ray.results.reading.status_and_ls import placed
 from carft_ray.store.copy import MODELS
 from carft_ray.study.place import Place, fetched, named
 from carft_ray.study.recipe_identity import recipe_for_use

@@ -23,7 +23,7 @@ from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
-from carft_ray.data.open_source import open_source
+from carft_ray.data.opening import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, StorageError
@@ -35,7 +35,7 @@ from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
-from carft_ray.results.test_sets import notes
+from carft_ray.results.test_sets import summary
 from carft_ray.results.test_sets.summary import changed_lines, compared_rows, read_record, summarise
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
@@ -97,14 +97,14 @@ def read_sealed(
             require_weights(study_dir, row, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            details = {**compared, notes.NAME: secrets.token_hex(8)}
+            details = {**compared, summary.NOTE_NAME: secrets.token_hex(8)}
             entry = ledger.record(study_dir, log, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in ledger.reads_of(entries))
-        elsewhere, problems = notes.note(study_dir, recipe, [*entries, entry])
-        for line in (*problems, *notes.lines(elsewhere)):
+        elsewhere, problems = summary.note_read(study_dir, recipe, [*entries, entry])
+        for line in (*problems, *summary.lines_of_other_reads(elsewhere)):
             say(line)
         changed = _changed_sets(recipe, log)
         for line in changed_lines(changed):
@@ -112,11 +112,11 @@ def read_sealed(
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, runs, trained, sources, folder, log, say)
         record = {**read_record(entry, entries, number, elsewhere), "changed_sets": changed}
-        summary = summarise(recipe, compared, read_shared(study_dir), tables, record)
+        content = summarise(recipe, compared, read_shared(study_dir), tables, record)
         log.check()
-        files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
-        files.write_json(folder / SUMMARY, summary)
-    return summary
+        files.write_json(study_dir / TEST_DIR / SUMMARY, content)
+        files.write_json(folder / SUMMARY, content)
+    return content
 
 
 def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:

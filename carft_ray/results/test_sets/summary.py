@@ -1,10 +1,17 @@
-"""What a read of the test sets compares and what it finds: rows, intervals, paired differences, the headline, text.
+"""What a read of the test sets compares and finds, as data and text; notes of what other studies have read of them.
 
 The rows come from a finished confirm (several fresh seeds) where there is one, else from the search itself (one
 training each). No torch is loaded.
+
+The ledger belongs to one study, so a new study of the same images begins with an empty one. Each read is therefore
+noted once more beside the cache, with a digest of every set: ``test_reads/<name>.json``, a file per read, written whole
+under a name of its own, so that any number of processes may write at once. Notes are told and refuse nothing; where one
+cannot be written or read, a line says so. Not known here are reads with another cache, or of a set of which one image
+was added or left out. Of a corrupted set the images without corruptions count.
 """
 
 import functools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,23 +21,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from carft_ray import files
+from carft_ray.data.cache import cache_dir, listed, made_folder
+from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import SharedRow, shared_counts
-from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirm.configurations import Stage, last_stage
-from carft_ray.results.confirm.summary import complete_trainings, whole_rows
+from carft_ray.results.confirmation import Stage, complete_trainings, last_stage, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
-from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, confirmations, require_finished, trials
+from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import counted, times
 
 ID_TEST = "id_test"
+NOTES = "test_reads"
+NOTE_NAME = "note"  # in the details of a read's line in the ledger: that of its file
+_MOST_BYTES, _MOST_SHOWN = 2**20, 3
+# a read by another study: ``study`` (its folder, when it read), ``time`` (ISO 8601), ``user``, and ``sets``: those of
+# this study that have the very images which were read there
+OtherRead = dict[str, Any]
 
 
 def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
@@ -67,12 +82,12 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
-    summary = read_compared(study_dir, CONFIRM) or {}
-    failed = {line.split(":")[0] for line in summary.get("failed", ())}
+    confirmed = read_compared(study_dir, CONFIRM) or {}
+    failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
     whole = [row for row, _ in whole_rows(stage, complete_trainings(confirmations(study_dir)))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
-    if unfinished or not has_winner or summary.get("seeds") != list(stage.seeds):
+    if unfinished or not has_winner or confirmed.get("seeds") != list(stage.seeds):
         step = f"Finish it: carft-ray confirm {shlex.quote(named(study_dir))}\n    "
         step += f"Or move {study_dir / CONFIRM} away, and one training of each is compared."
         value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
@@ -86,7 +101,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
 
 
 def read_record(
-    entry: Entry, before: Sequence[Entry], number: int, elsewhere: Sequence[notes.OtherRead] = ()
+    entry: Entry, before: Sequence[Entry], number: int, elsewhere: Sequence[OtherRead] = ()
 ) -> dict[str, Any]:
     """Returns which read of the test sets it was, as its summary has it.
 
@@ -178,7 +193,7 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
         f"Test read {content['read']}, {content['time']} by {content['user']}{reason}.",
         *([f"The search was continued {times(again)} after a test read."] if again else []),
         *changed_lines(content.get("changed_sets", [])),
-        *notes.lines(content["elsewhere"]),
+        *lines_of_other_reads(content["elsewhere"]),
         sets,
         f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets.",
         *(comparison_lines(without) if without else []),
@@ -195,3 +210,51 @@ def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
     """Returns the sample ids of a test set's images that are in other roles, too."""
     places = {f"data.{role}" for role in (name, f"{name}.of", f"ood_test.{name}", f"ood_test.{name}.of")}
     return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
+
+
+def note_read(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[list[OtherRead], list[str]]:
+    """Notes the last read of a ledger and returns those that other studies have noted of the same images.
+
+    Never raises for what is wrong with the notes.
+
+    Args:
+        study_dir: The study directory.
+        recipe: Its recipe, whose test sets can be opened.
+        entries: All lines of its ledger, that of this read last.
+
+    Returns:
+        The reads, oldest first; what could not be noted or read, a line each.
+    """
+    cache, entry = cache_dir(recipe), entries[-1]
+    own, found, problems = {str(line.details.get(NOTE_NAME)) for line in entries}, list[OtherRead](), list[str]()
+    try:
+        digests = digests_of_tests(recipe, cache)
+    except (CarftError, OSError) as error:
+        return [], [f"it is unknown whether other studies have read these images: {error}"]
+    name, content = str(entry.details.get(NOTE_NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
+    try:
+        folder = made_folder(cache, NOTES)
+        if is_name(name):
+            files.write_json(folder / f"{name}.json", {**content, "sets": digests})
+    except (CarftError, OSError) as error:
+        problems.append(f"this read is not noted for other studies of these images: {error}")
+    for path in (cache / NOTES / name for name in listed(cache, NOTES)):
+        if path.suffix != ".json" or path.stem in own:
+            continue
+        try:
+            other = json.loads(read_text(path, _MOST_BYTES))
+            shared = [name for name, digest in digests.items() if digest in other["sets"].values()]
+            if shared:
+                found.append({**{key: visible(str(other[key])) for key in ("study", "time", "user")}, "sets": shared})
+        except (CarftError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(f"a note of a read of test sets cannot be read and is ignored: {path} ({error!r})")
+    return sorted(found, key=lambda one: one["time"]), problems
+
+
+def lines_of_other_reads(reads: Sequence[OtherRead]) -> list[str]:
+    """Returns them as a line of text; none where there are none."""
+    if not reads:
+        return []
+    shown = [f"{one['study']} ({one['time']}: {', '.join(one['sets'])})" for one in reads[-_MOST_SHOWN:]]
+    more = f", and {len(reads) - len(shown)} more" if len(reads) > len(shown) else ""
+    return [f"Other studies have also read these images {times(len(reads))}: {', '.join(shown)}{more}."]

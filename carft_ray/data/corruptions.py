@@ -12,6 +12,9 @@ Pillow; the constants stand in ``corruptions.toml``. Differences from the publis
 - images that are not square are treated along both sides;
 - the published files were saved once more as JPEG of quality 85; nothing is saved here.
 
+A set under corruptions is an OOD set that costs no further images: each image is shown under one of them, drawn by a
+hash of (seed, sample id), so its picture depends on neither the order of the images nor the machine.
+
 Shape letters: H height, W width, C = 3 colours. ``x`` is RGB between 0 and 1, float64 [H, W, 3]; the functions may
 leave that range, ``corrupt`` clips.
 """
@@ -25,20 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
+from scipy import fft, ndimage
 
+from carft_ray.data.listing import sample_id
 from carft_ray.data.philox import STREAM_CORRUPTION, words
-from carft_ray.data.source import PixelArray
-from carft_ray.data.synthetic import fields
-from carft_ray.data.synthetic.fields import Floats, Rng
+from carft_ray.data.source import DerivedSource, PixelArray, Source, image_digest
+from carft_ray.recipe.schema.data import CorruptedSet
 
+Floats = npt.NDArray[np.float64]
+Rng = np.random.Generator
 CORRUPTION_VERSION = 1  # changes when the same arguments give other bytes; part of the key of whatever stores them
 SIDES = (32, 64, 224)  # pixels; the tables that were published
-
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-
-
 _TOML = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _FROST_PANES = _TOML.pop("frost_panes")
 # for each corruption and side the five settings: a number, or a list of the function's arguments
@@ -49,6 +52,110 @@ PARAMETERS: dict[str, dict[int, list[Any]]] = {
 PARAMETERS["elastic_transform"][224] = [
     [244 / 224 * number for number in setting] for setting in PARAMETERS["elastic_transform"][224]
 ]
+MARGIN = 256 / 224  # short side before the crop, over the side of the square: ImageNet-C's Resize(256), CenterCrop(224)
+
+
+def gaussian(x: Floats, sigma: float) -> Floats:
+    """Gaussian blur of each colour, cut at 4 sigma, [H, W] or [H, W, C]."""
+    return np.asarray(ndimage.gaussian_filter(x, sigma, mode="nearest", truncate=4, axes=(0, 1)))
+
+
+def smear(x: Floats, radius: float, sigma: float, angle: float) -> Floats:
+    """ImageMagick's motion blur of [H, W] or [H, W, C]: half a Gaussian along a line of 2 * radius + 1 pixels.
+
+    Pixel i of the line lies at i * (cos, sin) of the angle, rounded (halves down); the edge is continued.
+    """
+    length = 2 * math.ceil(radius) + 1
+    steps = np.arange(length)
+    weights = np.exp(-0.5 * (steps / sigma) ** 2)
+    weights /= weights.sum()
+    turn = math.radians(angle)
+    downs = np.ceil(steps * math.sin(turn) - 0.5).astype(int) + length
+    rights = np.ceil(steps * math.cos(turn) - 0.5).astype(int) + length
+    height, width = x.shape[:2]
+    padded = np.pad(x, ((length, length), (length, length)) + ((0, 0),) * (x.ndim - 2), "edge")
+    total = np.zeros_like(x)
+    for weight, down, right in zip(weights.tolist(), downs.tolist(), rights.tolist(), strict=True):
+        total += weight * padded[down : down + height, right : right + width]
+    return total
+
+
+def zoom(x: Floats, factor: float) -> Floats:
+    """Enlarges the middle of [H, W] or [H, W, C] to the whole, linearly, corners on corners, surplus cut evenly."""
+    for axis in (0, 1):
+        size = x.shape[axis]
+        kept = math.ceil(size / factor)
+        grown = round(kept * factor)
+        spacing = (kept - 1) / max(grown - 1, 1)
+        places = (size - kept) // 2 + (np.arange(size) + (grown - size) // 2) * spacing
+        low = places.astype(np.int64)
+        part = (places - low).reshape((-1,) + (1,) * (x.ndim - axis - 1))
+        x = x.take(low, axis) * (1 - part) + x.take(np.minimum(low + 1, size - 1), axis) * part
+    return x
+
+
+def sample(x: Floats, places: Floats, mode: str) -> Floats:
+    """Reads [H, W, C] at places [2, H, W] (down, right), linearly; ``mode`` continues the picture as in SciPy."""
+    return np.stack([ndimage.map_coordinates(x[..., c], places, order=1, mode=mode) for c in range(3)], axis=-1)
+
+
+def smooth(fields: Floats, sigma: float) -> Floats:
+    """Gaussian blur of fields [n, H, W], cut at 3 sigma, mirrored at the edge, by the cosine transform.
+
+    Equals SciPy's ``gaussian_filter(mode="reflect", truncate=3)`` at a cost that does not grow with sigma, which
+    ``elastic_transform`` sets to three quarters of the side.
+    """
+    steps = np.arange(1, int(3 * sigma + 0.5) + 1)
+    weights = np.exp(-0.5 * (steps / sigma) ** 2) if len(steps) else np.zeros(0)
+    spectrum = fft.dctn(fields, axes=(1, 2))
+    for axis in (1, 2):
+        size = fields.shape[axis]
+        response = (1 + 2 * np.cos(np.pi / size * np.outer(np.arange(size), steps)) @ weights) / (1 + 2 * weights.sum())
+        spectrum *= response.reshape(-1, 1) if axis == 1 else response
+    return np.asarray(fft.idctn(spectrum, axes=(1, 2)))
+
+
+def plasma(height: int, width: int, rng: Rng, decay: float) -> Floats:
+    """A cloud between 0 and 1, [H, W]: diamond-square on a torus of the next power of two.
+
+    Every midpoint is the mean of its four neighbours plus uniform noise, whose spread falls by decay**2 per halving:
+    the published code multiplies a uniform number of that spread with the spread.
+    """
+    step = 2
+    while step < max(height, width):
+        step *= 2
+    cloud = np.zeros((step, step))
+    spread = 1.0
+    while step > 1:
+        half = step // 2
+        corners = cloud[::step, ::step]
+        across, below = corners + np.roll(corners, -1, 1), corners + np.roll(corners, -1, 0)
+        noise = rng.uniform(-spread, spread, (3, *corners.shape))
+        centres = (across + np.roll(across, -1, 0)) / 4 + noise[0]
+        cloud[half::step, half::step] = centres
+        cloud[::step, half::step] = (across + centres + np.roll(centres, 1, 0)) / 4 + noise[1]
+        cloud[half::step, ::step] = (below + centres + np.roll(centres, 1, 1)) / 4 + noise[2]
+        step, spread = half, spread / decay**2
+    cloud -= cloud.min()
+    cloud /= cloud.max()
+    return cloud[:height, :width]
+
+
+def needles(height: int, width: int, rng: Rng) -> Floats:
+    """Needles of ice [H, W] of mean 0 and deviation 1: streaks in six directions, the strongest of which shows.
+
+    They are an eighth of the shorter side long, at most 28 pixels, and as soft as the photographs: neighbouring pixels
+    differ by 0.4 to 0.5 standard deviations. The noise is wider than the picture, since a streak that meets the edge
+    would grow thick.
+    """
+    length = min(max(min(height, width) // 8, 1), 28)
+    margin = 2 * length
+    ice = np.full((height + 2 * margin, width + 2 * margin), -np.inf)
+    for angle in rng.uniform(0, 360, 6).tolist():
+        streaks = smear(gaussian(rng.standard_normal(ice.shape), length / 28), length, length / 1.5, angle)
+        np.maximum(ice, streaks / float(streaks.std()), out=ice)
+    ice = ice[margin : margin + height, margin : margin + width]
+    return (ice - float(ice.mean())) / max(float(ice.std()), 1e-9)
 
 
 def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: int) -> PixelArray:
@@ -141,7 +248,7 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
     pixel at a uniform offset in [-reach, reach). The published code means to swap the two, but assigns through views
     of one array, which copies: so the published images are copies too.
     """
-    blurred = np.rint(fields.gaussian(x, sigma) * 255) / 255
+    blurred = np.rint(gaussian(x, sigma) * 255) / 255
     height, width = x.shape[:2]
     visited = np.s_[reach + 1 : height - reach + 1, reach + 1 : width - reach + 1]
     targets = np.arange(height * width).reshape(height, width)[visited].ravel()[::-1]
@@ -151,12 +258,12 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
         others = targets + offsets[:, 0] * width + offsets[:, 1]
         for target, other in zip(targets.tolist(), others.tolist(), strict=True):
             origin[target] = origin[other]
-    return fields.gaussian(blurred.reshape(-1, 3)[origin].reshape(x.shape), sigma)
+    return gaussian(blurred.reshape(-1, 3)[origin].reshape(x.shape), sigma)
 
 
 def motion_blur(x: Floats, rng: Rng, radius: float, sigma: float) -> Floats:
-    """Smears the picture along a line at a uniform angle within 45 degrees of the horizontal (``fields.smear``)."""
-    return fields.smear(x, radius, sigma, rng.uniform(-45, 45))
+    """Smears the picture along a line at a uniform angle within 45 degrees of the horizontal (``smear``)."""
+    return smear(x, radius, sigma, rng.uniform(-45, 45))
 
 
 def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
@@ -164,7 +271,7 @@ def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
     factors = np.arange(1, end, step).tolist()
     total = x.copy()
     for factor in factors:
-        total += fields.zoom(x, factor)
+        total += zoom(x, factor)
     return total / (len(factors) + 1)
 
 
@@ -176,10 +283,10 @@ def snow(x: Floats, rng: Rng, *setting: float) -> Floats:
 
     Flakes are normal noise, enlarged, cut below a threshold and smeared within 45 degrees of the vertical.
     """
-    mean, deviation, zoom, threshold, radius, sigma, mix = setting
-    flakes = fields.zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
+    mean, deviation, scale, threshold, radius, sigma, mix = setting
+    flakes = zoom(rng.normal(mean, deviation, x.shape[:2]), scale)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
-    flakes = fields.smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
+    flakes = smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
     whitened: Floats = np.maximum(x, (x @ _LUMA)[..., None] * 1.5 + 0.5)
     return mix * x + (1 - mix) * whitened + flakes + flakes[::-1, ::-1]
 
@@ -194,7 +301,7 @@ def frost(x: Floats, rng: Rng, picture: float, ice: float) -> Floats:
     """
     means, deviations = _FROST_PANES[int(rng.integers(len(_FROST_PANES)))]
     height, width, _ = x.shape
-    pane = np.array(means) + np.array(deviations) * fields.needles(height, width, rng)[..., None]
+    pane = np.array(means) + np.array(deviations) * needles(height, width, rng)[..., None]
     return picture * x + ice * np.clip(pane / 255, 0, 1)
 
 
@@ -202,7 +309,7 @@ def fog(x: Floats, rng: Rng, density: float, decay: float) -> Floats:
     """Adds a fractal cloud and keeps the picture's maximum: (x + density * cloud) * max / (max + density)."""
     height, width, _ = x.shape
     brightest = float(x.max())
-    return (x + density * fields.plasma(height, width, rng, decay)[..., None]) * brightest / (brightest + density)
+    return (x + density * plasma(height, width, rng, decay)[..., None]) * brightest / (brightest + density)
 
 
 # Digital
@@ -235,9 +342,9 @@ def elastic_transform(x: Floats, rng: Rng, strength: float, sigma: float, jitter
     # affine map from places of the result to places of the picture, by its three points
     affine = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)
     grid = np.indices((height, width), dtype=np.float64)
-    x = fields.sample(x, np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None], "mirror")
+    x = sample(x, np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None], "mirror")
     waves = rng.uniform(-1, 1, (2, height, width))
-    return fields.sample(x, grid + strength * side * fields.smooth(waves, sigma * side), "reflect")
+    return sample(x, grid + strength * side * smooth(waves, sigma * side), "reflect")
 
 
 def pixelate(x: Floats, rng: Rng, share: float) -> Floats:
@@ -269,3 +376,64 @@ CORRUPTIONS: dict[str, Callable[..., Floats]] = {
 
 def _to_bytes(x: Floats) -> PixelArray:
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+
+
+class CorruptedSource(DerivedSource):
+    """The ``Source`` of a set under corruptions; ids and labels are those of its images.
+
+    Args:
+        images: The set without corruptions.
+        spec: The corruptions that the recipe names, ImageNet-C's fifteen where it names none, and how strong they are.
+    """
+
+    def __init__(self, images: Source, spec: CorruptedSet) -> None:
+        super().__init__(images)
+        self._spec = spec
+        self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or CORRUPTIONS))
+        shown = f"{','.join(self.corruptions)}/{spec.severity}/{spec.seed}/{spec.size}"
+        self._key = f"corrupted-{CORRUPTION_VERSION}/{shown}"
+        self.fingerprint = f"{self._key}/{images.fingerprint}"
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages."""
+        return f"{self.images.place(index)} under {self.corruption(index)}"
+
+    def corruption(self, index: int) -> str:
+        """Returns the corruption under which image ``index`` is shown."""
+        drawn = sample_id(f"corruption {self._spec.seed} {int(self.sample_ids[index])}")
+        return self.corruptions[drawn % len(self.corruptions)]
+
+    def content(self, index: int) -> bytes:
+        """Returns the hash of image ``index`` without corruption, after all that decides how it is shown."""
+        return self.shown_content(image_digest(self.images.content(index)))
+
+    def shown_content(self, digest: bytes) -> bytes:
+        """Returns the ``content`` of an image whose file has this hash."""
+        return f"{self._key}/".encode() + digest
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` corrupted, uint8 [H, W, 3]; a square of ``size`` where it is larger.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        pixels = squared(self.images.pixels(index), self._spec.size)
+        name, id_ = self.corruption(index), int(self.sample_ids[index])
+        return corrupt(pixels, name, self._spec.severity, self._spec.seed, id_)
+
+
+def squared(pixels: PixelArray, size: int) -> PixelArray:
+    """Returns the middle square of an image that is larger, as ImageNet-C's were made; a smaller one as it is.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        size: Side of the square.
+    """
+    sides = pixels.shape[1], pixels.shape[0]
+    short = min(sides)
+    if short <= size:
+        return pixels
+    width, height = (int(round(size * MARGIN) * side / short) for side in sides)  # rounded as torchvision does
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))

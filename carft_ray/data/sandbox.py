@@ -2,30 +2,39 @@
 
 A picture is a pure function of (domain, split, class, index). It is drawn at 64 pixels and reduced to 32. Every
 attribute (colours, size, tilt) has the same distribution in every domain and class; only the domain differs.
+The shapes are in ``sandbox.toml``.
 """
 
+import functools
 import hashlib
+import math
 import os
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from carft_ray.data.source import IdArray, IntArray, PixelArray
-from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES, draw_mask
 from carft_ray.errors import Problem, nearest
 from carft_ray.files import new_folder, require_new
 from carft_ray.recipe.schema.data import SandboxSet
 
+Points = npt.NDArray[np.float64]  # [P, 2], x and y
+SHAPE_NAMES: tuple[str, ...] = (
+    *("circle", "ring", "moon", "cloud"),  # round
+    *("square", "cross", "house", "key"),  # boxy
+    *("star", "triangle", "arrow", "bolt"),  # pointed
+    *("fish", "tree", "flower", "heart"),  # living
+)
 FORMAT = 1  # rises when any picture changes
 IMAGE_SIZE = 32  # pixels, width and height
 CLASSES: tuple[str, ...] = tuple(sorted(SHAPE_NAMES))  # as a reader of folders would order them
 SPLITS: tuple[str, ...] = ("train", "val", "test", "pretrain")
-
 # domain -> how a caption names the picture
 DOMAINS: dict[str, str] = {
     name.removesuffix(" picture").replace(" ", "_"): f"a {name} of a {{}}"
@@ -34,7 +43,6 @@ DOMAINS: dict[str, str] = {
         *("dark photo", "bright photo", "silhouette", "pixelated photo"),
     )
 }
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 44),
     "orange": (242, 140, 40),
@@ -50,7 +58,6 @@ SMALL_SCALES = (0.48, 0.66)
 LARGE_SCALES = (0.74, 0.92)
 UPRIGHT_DEGREES = 8.0  # an upright figure leans less than this
 TILTED_DEGREES = (18.0, 42.0)
-
 # Every template is a caption that can be true; the same list makes the class head and the contexts of the KL term.
 TEMPLATES: tuple[str, ...] = (
     *DOMAINS.values(),
@@ -59,7 +66,6 @@ TEMPLATES: tuple[str, ...] = (
     *("a small {}", "a large {}", "an upright {}", "a tilted {}"),
     "a picture of a {}",
 )
-
 NUM_TRAIN, NUM_ID, NUM_OOD = 32, 125, 63  # images per class
 # role -> set name -> the set: what the quickstart searches with and what `export_images` writes
 QUICKSTART_SETS: dict[str, dict[str, SandboxSet]] = {
@@ -72,9 +78,56 @@ QUICKSTART_SETS: dict[str, dict[str, SandboxSet]] = {
         ("ood_test", "test", NUM_OOD, ("sketch", "cartoon", "striped", "dark_photo", "bright_photo")),
     )
 }
-
 _Floats = npt.NDArray[np.float32]  # pixels [H, W, 3], 0 to 255
 _DRAWN = 2 * IMAGE_SIZE  # pixels while drawing
+
+
+def draw_mask(name: str, size: int, scale: float, angle: float, mirrored: bool, centre: Sequence[float]) -> Image.Image:
+    """Draws a shape in white on black.
+
+    Args:
+        name: One of ``SHAPE_NAMES``.
+        size: Width and height of the mask in pixels.
+        scale: Extent of the shape as a fraction of the frame.
+        angle: Rotation in degrees.
+        mirrored: Whether left and right are swapped before the rotation.
+        centre: Where the middle of the shape lies, x and y, as fractions of the frame.
+
+    Returns:
+        Grey image of ``size`` x ``size`` pixels, 255 inside the shape and 0 outside.
+
+    Raises:
+        KeyError: ``name`` is not in ``SHAPE_NAMES``.
+    """
+    turn = math.radians(angle)
+    cos, sin = math.cos(turn) * scale * size / 2, math.sin(turn) * scale * size / 2
+    flip = -1.0 if mirrored else 1.0
+    matrix = np.array([[flip * cos, flip * sin], [-sin, cos]])
+    offset = np.array([centre[0] * size, centre[1] * size])
+    mask = Image.new("L", (size, size), 0)
+    canvas = ImageDraw.Draw(mask)
+    for points, is_hole in _shapes()[name]:
+        corners = points @ matrix + offset
+        canvas.polygon(corners.ravel().tolist(), fill=0 if is_hole else 255)
+    return mask
+
+
+@functools.cache
+def _shapes() -> dict[str, list[tuple[Points, bool]]]:
+    """Returns the parts of each shape: corners, and whether they cut a hole."""
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    return {
+        name: [(_corners(part), part.get("hole", False)) for part in parts]
+        for name, parts in tomllib.loads(text).items()
+    }
+
+
+def _corners(part: dict[str, Any]) -> Points:
+    if "polygon" in part:
+        return np.array(part["polygon"])
+    x, y, width, height, count = part["ellipse"]
+    turn = np.linspace(0, 2 * math.pi, count, endpoint=False)
+    return np.stack([x + width * np.cos(turn), y + height * np.sin(turn)], axis=1)
 
 
 @dataclass(frozen=True)
