@@ -270,7 +270,7 @@ def drawing(code, side=224):
     return np.asarray(image)
 
 
-PICTURES = {"photo": photo(3, 200, 160), "small photo": photo(4, 48, 64), "drawing": drawing(0)}
+PICTURES = {"photo": photo(3, 227, 181), "small photo": photo(4, 48, 64), "drawing": drawing(0)}
 
 
 @pytest.mark.parametrize("kind", pairs.WHOLE)

@@ -49,7 +49,7 @@ from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import time_left
 
-FORMAT_VERSION = 5  # rises when other pairs are found in the same records
+FORMAT_VERSION = 6  # rises when other pairs are found in the same records
 MOST_BITS = 24  # of 256, by which the hashes of candidates differ
 STEP_UP = 3.0  # grey levels from which on a step up sets a bit: below are noise and compression
 NEAREST = 64  # candidates of an image that are compared: of frames of a video each is one of all others
