@@ -361,7 +361,7 @@ def _set(path: str, one: ClassRoot, trained: ClassRoot) -> str:
     """Returns the set of a folder; it has some of the classes where class folders are empty or missing."""
     place = _place(path, one)
     domains = "".join(f", domains: [{_text(name)}]" for name in place.get("domains", ()))
-    some = "" if one.counts.keys() == trained.classes else ", classes: some"
+    some = "" if one.counts.keys() == one.classes == trained.classes else ", classes: some"
     return f"source: folder, path: {_text(place['path'])}{domains}{some}"
 
 
