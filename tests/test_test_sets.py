@@ -425,7 +425,7 @@ def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_
     first, notes = confirmation.plan(view, 1, 3)
     fixed(view, first)
     more, of_more = confirmation.plan(view, 2, 5)
-    assert (summary, of_more) == ([], [])
+    assert (notes, of_more) == ([], [])
     assert set(first.trainings()) < set(more.trainings())
     fixed(view, more)
     fewer, notes = confirmation.plan(view, 1, 3)
