@@ -214,7 +214,7 @@ def test_no_assert_checks_what_a_user_gives():
 QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": "carft_ray carft_ray.environment carft_ray.recipe.loading"
     " carft_ray.recipe.space carft_ray.recipe.rules",
-    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.opening"
+    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
@@ -222,10 +222,13 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics carft_ray.evaluation.alpha"
     " carft_ray.launch.stop",
 }
+# which every command ends with: its next step
+LAST = {"scipy": "carft_ray.results.adviser carft_ray.results.reading.finished carft_ray.data.open_source"}
 
 
 @pytest.mark.slow
-def test_modules_that_must_be_quick_load_nothing_heavy():
+@pytest.mark.parametrize("quick", [QUICK, LAST], ids=["quick", "last"])
+def test_modules_that_must_be_quick_load_nothing_heavy(quick):
     """One after the other in one process, and after each it is told what heavy ones are there."""
     code = (
         "import importlib, json, sys\n"
@@ -236,7 +239,7 @@ def test_modules_that_must_be_quick_load_nothing_heavy():
         "        found += [[module, name] for name in heavy.split() if name in sys.modules]\n"
         "print(json.dumps(found))\n"
     )
-    command = [sys.executable, "-c", code, json.dumps(QUICK)]
+    command = [sys.executable, "-c", code, json.dumps(quick)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert json.loads(done.stdout) == []  # the first of these is at fault
 

@@ -24,7 +24,7 @@ from carft_ray import words
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
 from carft_ray.data.listing import StoredSource, sample_id
-from carft_ray.data.opening import open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import excluded_ids
 from carft_ray.data.records import SIDE, Records, thumbnail_of
 from carft_ray.data.role_checks import check_sets

@@ -82,7 +82,7 @@ def identity(source: Source) -> str:
     """Returns what names the images of a set in every key of what is kept of them: the fingerprint and their place.
 
     Archives give many files one date and one size, so the fingerprints of two folders may be equal. The place is that
-    where the set was listed: nodes that map a set that the driver has listed (``data.opening``) agree in it.
+    where the set was listed: nodes that map a set that the driver has listed (``data.listed_sets``) agree in it.
 
     Raises:
         DataError: A file has vanished.

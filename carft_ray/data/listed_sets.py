@@ -1,4 +1,4 @@
-"""From a set of a recipe to its images, and the sets of a study as its driver has listed them.
+"""The sets of a study as the driver has listed them: what trials, ranks and other nodes map instead of listing trees.
 
 ``write_sets`` lists and stats each file once, in the driver, and keeps ids, labels, places and hashes of the files in
 ``sets/`` of the folder of the preparation: an Arrow file per set of training and validation. ``open_sets`` maps them.
@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carft_ray.data import sandbox
-from carft_ray.data.cache import cache_dir, user_cache_dir
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.listing import Listing, StoredSource
-from carft_ray.data.readers import list_set, listing_once
-from carft_ray.data.records import records, without_bad_images
-from carft_ray.data.selection import stored_source
+from carft_ray.data.open_source import open_source
+from carft_ray.data.readers import listing_once
+from carft_ray.data.records import records
 from carft_ray.data.source import DIGEST_BYTES, Source
-from carft_ray.errors import DataError
 from carft_ray.layout import SETS
 from carft_ray.recipe.schema.data import CorruptedSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
@@ -33,34 +31,6 @@ TRAIN, ID_VAL = "train", "id_val"
 _LABEL, _DIGEST = pa.field("label", pa.int64()), pa.field("digest", pa.binary(DIGEST_BYTES))
 _SET = ("name", "class_names", "groups", "skipped", "max_pixels")  # attributes that are kept of a source,
 _LISTING = ("kind", "home", "root", "column", "planes", "frame", "in_order")  # and of its listing
-
-
-def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache_dir: Path | None = None) -> Source:
-    """Opens one set.
-
-    Args:
-        spec: The set as the recipe describes it.
-        name: Role or name of the set, for messages.
-        classes: Class folders in label order; None: those of the set.
-        cache_dir: Folder of the decoded sets, which keeps what images cannot be decoded; None: the user's.
-
-    Raises:
-        DataError: Something is missing, or the classes do not match.
-    """
-    if isinstance(spec, CorruptedSet):
-        from carft_ray.data.corruptions import CorruptedSource
-
-        return CorruptedSource(open_source(spec.of, name, classes, cache_dir), spec)
-    if isinstance(spec, StoredSet):
-        source = stored_source(list_set(spec, name), spec, classes, name)
-        if spec.on_bad_image == "fail":
-            return source
-        return without_bad_images(source, cache_dir or user_cache_dir())
-    problems = sandbox.domain_problems(spec.domain, name)
-    problems += [] if classes is None else sandbox.class_problems(classes, name)
-    if problems:
-        raise DataError(problems)
-    return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
 
 
 def write_sets(recipe: Recipe, folder: Path) -> None:
