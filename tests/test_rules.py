@@ -280,14 +280,14 @@ MAY = {
     "sys.stdout": {
         "ui/console.py": "is the gate; JSON has no control characters",
         "cli/submit.py": "the log of a job, through `visible`",
-        "cli/validate.py": "a recipe as YAML, to be read back as it is",
+        "cli/recipes.py": "a recipe as YAML, to be read back as it is",
     },
     "sys.stderr": {
         "cli/submit.py": "as above",
         "launch/cluster.py": "our own words, in a thread while the process ends",
         "launch/job_package.py": "our own words at the beginning of a job",
     },
-    "typer.echo": {"cli/program.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},
+    "typer.echo": {"cli/program.py": "our own words", "cli/recipes.py": "a recipe as YAML, to be read back as it is"},
     "traceback.print_exc": {"cli/program.py": "--debug asks for it"},
     "Console": {
         "ui/console.py": "is the gate",

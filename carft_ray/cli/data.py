@@ -1,4 +1,4 @@
-"""The cache of images and heads: what is in it, filling it ahead, clearing it."""
+"""The cache of images, and the images of the sandbox."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from carft_ray.cli import common
-from carft_ray.cli.program import command, data_app
+from carft_ray.cli.program import command, data_app, sandbox_app
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -172,3 +172,20 @@ def _ask(going: Sequence[Any], others: Mapping[str, int], json_: bool) -> None:
     if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):
         console.say("Nothing was removed.")
         raise typer.Exit
+
+
+@command("sandbox images --to sandbox_png", to=sandbox_app)
+def sandbox_images(
+    to: Annotated[Path, Option(help="Folder of the images; must be new or empty.")],
+    json_: common.JsonOption = False,
+) -> None:
+    """Write the sandbox, the built-in synthetic images, as PNG files: domain/class/number.png."""
+    from carft_ray.data.sandbox import export_images
+    from carft_ray.ui.progress import counting
+
+    with counting() as begin:
+        export_images(to, begin("images"))
+    if console.print_json({"folder": str(to)}, json_):
+        return
+    console.say(f"Wrote {to}: domain/class/number.png.")
+    console.next_step(common.command_line("init", from_=to, train="photo_train", model="sandbox", to="recipe.yaml"))

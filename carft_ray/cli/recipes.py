@@ -1,4 +1,4 @@
-"""A recipe to begin with: for a folder of images, or a copy of one that ships with the package; its JSON schema."""
+"""Writing a recipe, its schema, and checking a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from carft_ray.ui import console
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
+import sys
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
@@ -151,3 +152,30 @@ def _refused(recipe: "Recipe") -> list[Problem]:
 
     with listing_once():
         return [*check_roles(recipe), *check_sets(recipe, lists_tests=True)]
+
+
+@command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
+def validate(
+    recipe: common.RecipeArgument,
+    set_: common.SetOption = None,
+    show: Annotated[bool, Option("--show", help="Print the complete resolved recipe.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Read all images, to check that no two roles share one.")] = False,
+    json_: common.JsonOption = False,
+) -> None:
+    """Check a recipe and its folders. Without --deep, it opens no image and no model."""
+    from carft_ray.recipe.loading import dump_recipe, recipe_hash
+
+    value = common.load(recipe, set_)
+    if deep:
+        from carft_ray.data.cache import cache_dir
+        from carft_ray.data.copies.shared_images import find_shared, shared_lines
+
+        for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
+            console.say(line)
+    if json_:
+        console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
+    elif show:
+        sys.stdout.write(dump_recipe(value))
+    else:
+        console.say(f"{recipe} is valid.")
+        console.next_step(common.begin_line(value, recipe, set=set_))
