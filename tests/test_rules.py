@@ -146,7 +146,7 @@ AROUND = {  # why a module may read files without ``untrusted``
 }
 BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
     "pieces of files that a node has made": "launch/file_transfer",
-    "the user's own cache and token": "study/place results/test_sets/summary launch/jobs",
+    "the user's own cache and token": "study/place results/test_summary launch/jobs",
     "the package's own files": "results/export/export results/page/page",
     "what this process or its driver has just written": "launch/worker launch/ray_errors",
 }
@@ -218,7 +218,7 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
-    " carft_ray.results.report carft_ray.results.reading.study_view carft_ray.results.reading.logs"
+    " carft_ray.results.report carft_ray.results.reading.study_view"
     " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics carft_ray.evaluation.alpha"
     " carft_ray.launch.stop",
 }

@@ -33,15 +33,14 @@ from carft_ray.launch.command import Plan, computing
 from carft_ray.launch.events import Started
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results import confirmation
+from carft_ray.results import confirmation, test_summary
 from carft_ray.results.confirmation import PlanRow, Stage, write_plan
 from carft_ray.results.confirmed import confirm_lines, summarise
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
-from carft_ray.results.test_sets import summary
-from carft_ray.results.test_sets.summary import read_lines
+from carft_ray.results.test_summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
 from carft_ray.study.opening import open_study
@@ -242,21 +241,23 @@ def test_images_of_a_test_set_that_have_changed_since_the_search_are_told(run, h
 
 
 def entry_named(name, study="one"):
-    return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={summary.NOTE_NAME: name})
+    return Entry(
+        1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={test_summary.NOTE_NAME: name}
+    )
 
 
 def test_reads_noted_at_the_same_time_are_all_there(here):
     recipe = load_recipe(here / "study" / "resolved.yaml")
     with ThreadPoolExecutor(8) as pool:
         names = [f"{number:016x}" for number in range(24)]
-        list(pool.map(lambda name: summary.note_read(here / name, recipe, [entry_named(name)]), names))
-    found, problems = summary.note_read(here, recipe, [entry_named("last")])
+        list(pool.map(lambda name: test_summary.note_read(here / name, recipe, [entry_named(name)]), names))
+    found, problems = test_summary.note_read(here, recipe, [entry_named("last")])
     assert problems == []
     assert sorted(one["study"] for one in found) == [str(here / name) for name in names]
 
 
 def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
-    recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / summary.NOTES
+    recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / test_summary.NOTES
     place.mkdir()
     whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": find.digests_of_tests(recipe, folder / "cache")}
     (place / "good.json").write_text(json.dumps(whole))
@@ -264,7 +265,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     for name, text in damaged.items():
         (place / f"{name}.json").write_text(text)
     os.mkfifo(place / "pipe.json")
-    found, problems = summary.note_read(here, recipe, [entry_named("../../beyond")])
+    found, problems = test_summary.note_read(here, recipe, [entry_named("../../beyond")])
     assert [one["study"] for one in found] == ["x\\x1b[31m"]
     assert len(problems) == len(damaged) + 1
     assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))

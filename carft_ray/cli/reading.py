@@ -172,7 +172,7 @@ def logs(
     json_: common.JsonOption = False,
 ) -> None:
     """Print the log of one trial: the start of each attempt, and the traceback of each failure."""
-    from carft_ray.results.reading import logs, study_view
+    from carft_ray.results.reading import study_view
     from carft_ray.store.copy import STATE
     from carft_ray.study.place import bring
     from carft_ray.study.rows import ZERO_SHOT
@@ -180,14 +180,14 @@ def logs(
     if follow and json_:
         raise UsageError(Problem("--json", "cannot be used with --follow"))
     view = study_view.read_study(study, STATE)
-    row = logs.find_training(view, trial)
+    row = study_view.find_training(view, trial)
     bring(view.study_dir, [f"{row.training}/{LOG}"])
-    lines = logs.read_log(view.study_dir, row.training)
+    lines = study_view.read_log(view.study_dir, row.training)
     if console.print_json(lines or [], json_):
         return
     if follow and view.holder is not None and row.outcome == "running":
         try:
-            for line in logs.follow_log(study, row.training):
+            for line in study_view.follow_log(study, row.training):
                 console.show(line)
         except KeyboardInterrupt:
             console.say("The search continues.")

@@ -68,8 +68,8 @@ def evaluate_test_sets(
 ) -> None:
     """Read the test sets once: measure winner and baselines on id_test and ood_test. The ledger records every read."""
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
-    from carft_ray.results.test_sets.sealed_read import read_sealed
-    from carft_ray.results.test_sets.summary import read_lines
+    from carft_ray.results.sealed_read import read_sealed
+    from carft_ray.results.test_summary import read_lines
     from carft_ray.store.copy import MODELS
     from carft_ray.study.place import named, own_folder
 

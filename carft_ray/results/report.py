@@ -27,7 +27,7 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.statistics.paired import correct_best, later_best, ranking_noise, row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
-from carft_ray.results.test_sets.summary import read_lines
+from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, require_finished

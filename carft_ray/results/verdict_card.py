@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from carft_ray.results import test_summary
 from carft_ray.results.statistics.headline import in_points
 from carft_ray.results.statistics.paired import headline_line, later_best
-from carft_ray.results.test_sets import summary
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
@@ -122,7 +122,7 @@ def _tests(document: Document) -> Line:
         return Line("Test sets", False, "not read: all numbers are of validation images")
     went_on = sum(entry["purpose"] == WENT_ON for entry in document["ledger"])
     later = [f"The search was continued {times(went_on)} after a read."] if went_on else []
-    later += summary.lines_of_other_reads((document["test"] or {}).get("elsewhere", ()))
+    later += test_summary.lines_of_other_reads((document["test"] or {}).get("elsewhere", ()))
     return Line("Test sets", number == 1 and not later, " ".join([f"read {times(number)}.", *later]))
 
 

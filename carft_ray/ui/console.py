@@ -321,7 +321,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     """Returns the table of what the doctor found in the sets: a line per set; columns without a value are left out.
 
     Args:
-        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.describe.image_facts`` returns.
+        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.records.image_facts`` returns.
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
     """
     rows = {}

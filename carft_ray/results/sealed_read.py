@@ -33,10 +33,10 @@ from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results import test_summary
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
-from carft_ray.results.test_sets import summary
-from carft_ray.results.test_sets.summary import changed_lines, compared_rows, read_record, summarise
+from carft_ray.results.test_summary import changed_lines, compared_rows, read_record, summarise
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
@@ -97,14 +97,14 @@ def read_sealed(
             require_weights(study_dir, row, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            details = {**compared, summary.NOTE_NAME: secrets.token_hex(8)}
+            details = {**compared, test_summary.NOTE_NAME: secrets.token_hex(8)}
             entry = ledger.record(study_dir, log, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in ledger.reads_of(entries))
-        elsewhere, problems = summary.note_read(study_dir, recipe, [*entries, entry])
-        for line in (*problems, *summary.lines_of_other_reads(elsewhere)):
+        elsewhere, problems = test_summary.note_read(study_dir, recipe, [*entries, entry])
+        for line in (*problems, *test_summary.lines_of_other_reads(elsewhere)):
             say(line)
         changed = _changed_sets(recipe, log)
         for line in changed_lines(changed):
