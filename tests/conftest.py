@@ -79,9 +79,8 @@ class ArraySource:
         self.sample_ids = rng.integers(0, 2**63, num_images, dtype=np.uint64)
         self.images = rng.integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
         self.images[:, :4, :4, 0] = (self.labels * 50)[:, None, None]  # something to learn
-        self.fingerprint = f"array-{num_images}-{size}-{seed}"
+        self.identity = f"array-{num_images}-{size}-{seed}"
         self.groups = None
-        self.home = ""
 
     def __len__(self):
         return len(self.images)

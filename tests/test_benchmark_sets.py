@@ -70,7 +70,7 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     assert all(source.place(index).startswith(tuple(places)) for index in range(len(source)))
     assert all(Path(place).is_dir() for place in places)
     assert len(np.unique(source.sample_ids)) == len(source)
-    assert source.fingerprint.startswith("benchmark-1/")
+    assert source.identity.startswith("benchmark-1/")
 
 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])

@@ -36,7 +36,7 @@ class Pictures(ArraySource):
     def __init__(self, log_path=None, num_images=12, side=8, number=0, name="train"):
         super().__init__(num_images, side, name=name)
         self.sample_ids += np.uint64(2**63)
-        self.log_path, self.fingerprint = log_path, f"pictures-1/{number}"
+        self.log_path, self.identity = log_path, f"pictures-1/{number}"
 
     def content(self, index):
         if self.log_path is not None:
@@ -94,7 +94,7 @@ def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batche
     np.testing.assert_array_equal(found.sample_ids, source.sample_ids)
     assert (found.labels.dtype, found.sample_ids.dtype) == (np.int64, np.uint64)
     if kind == "packed":
-        assert (found.class_names, found.fingerprint) == (source.class_names, source.fingerprint)
+        assert (found.class_names, found.identity) == (source.class_names, source.identity)
         assert found.content(3) == source.content(3)  # of the file as it is now
     (entry,) = cache.list_entries(tmp_path)
     assert (entry.kind, entry.image_size, entry.in_use) == (kind, "" if kind == "packed" else "8 x 8", True)
@@ -109,7 +109,7 @@ def test_a_set_is_mapped_into_memory_and_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
-def test_a_set_is_built_once_and_again_for_another_fingerprint_or_transform_but_not_name(tmp_path, kind):
+def test_a_set_is_built_once_and_again_for_another_identity_or_transform_but_not_name(tmp_path, kind):
     seen, log = [], tmp_path / "log"
     for change in ({}, {}, {"name": "other"}, {"number": 1}):
         found = opened(kind, tmp_path / "cache", lambda *counts: seen.append(counts), Pictures(log, **change))

@@ -40,7 +40,7 @@ from carft_ray.data.formats.webdataset import find_files
 from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
-from carft_ray.data.source import identity, image_digest, image_digests, set_digest
+from carft_ray.data.source import image_digest, image_digests, set_digest
 from carft_ray.data.table_rows import ArrowRows, ParquetRows
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.layout import HEADS, ZERO_SHOT_TABLE
@@ -95,20 +95,20 @@ def test_the_same_images_are_the_same_set_in_every_layout(base, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
-def test_the_fingerprint_changes_with_the_files_and_not_with_their_place(base, kind):
+def test_the_identity_changes_with_the_files_and_their_place_and_the_digest_with_the_files(base, kind):
     spec = write_set(kind, base, IMAGES)
     source = open_set(**spec)
-    before = source.fingerprint
+    before = source.identity
     shutil.copytree(base / "set", base / "moved")
     moved = {key: value.replace("set", "moved", 1) if key in ("path", "root") else value for key, value in spec.items()}
-    assert open_set(**moved).fingerprint == before
-    assert open_set(**moved).home != source.home
+    assert open_set(**moved).identity != before == open_set(**spec).identity
+    assert set_digest(open_set(**moved)) == set_digest(source)
     files = [path for path in (base / "set").rglob("*") if path.suffix in (".png", ".tar", *(f".{e}" for e in BINARY))]
     os.utime(files[0], ns=(0, 0))
-    assert open_set(**spec).fingerprint != before
+    assert open_set(**spec).identity != before
     source = open_set(**spec)
     files[0].unlink()
-    assert f"{files[0]}: must be readable" in told(lambda: source.fingerprint)
+    assert f"{files[0]}: must be readable" in told(lambda: source.identity)
 
 
 @pytest.mark.parametrize("kind", ["paths", "bytes", "id", "image.path", "shards"])
@@ -165,7 +165,7 @@ def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
         mapped = listed[name]
         assert mapped.hashes() is not None
         assert contents(mapped) == contents(source)
-        for what in ("name", "class_names", "fingerprint", "groups", "home", "skipped"):
+        for what in ("name", "class_names", "identity", "groups", "home", "skipped"):
             assert getattr(mapped, what) == getattr(source, what), what
         assert [mapped.place(i) for i in range(len(mapped))] == [source.place(i) for i in range(len(source))]
         assert (mapped.pixels(3) == source.pixels(3)).all()
@@ -199,7 +199,7 @@ def test_a_container_that_changes_in_use_is_told(base, kind):
     recipe = recipe_of({"train": {**spec, "part": [0.5, 1]}, "id_val": {**spec, "part": [0, 0.5]}})
     write_sets(recipe, base / "prepared")
     mapped, directly = open_sets(recipe, base / "prepared")["train"], open_sets(recipe)["train"]
-    assert mapped.fingerprint == directly.fingerprint
+    assert mapped.identity == directly.identity
     for path in [path for path in (base / "set").rglob("*") if path.suffix in (".parquet", ".tar")]:
         shutil.copy(path, base / "copy")
         os.replace(base / "copy", path)
@@ -715,9 +715,9 @@ def test_a_preparation_and_the_targets_of_a_training_belong_to_the_place_of_the_
 def test_nodes_that_see_the_images_at_another_place_share_what_the_driver_has_listed(tmp_path, monkeypatch):
     recipe = load_recipe(short_training.make(tmp_path))
     write_sets(recipe, tmp_path / "prepared")
-    here = {name: identity(source) for name, source in open_sets(recipe, tmp_path / "prepared").items()}
-    assert here == {name: identity(source) for name, source in open_sets(recipe).items()}
+    here = {name: source.identity for name, source in open_sets(recipe, tmp_path / "prepared").items()}
+    assert here == {name: source.identity for name, source in open_sets(recipe).items()}
     (tmp_path / "images").rename(tmp_path / "of this node")
     (tmp_path / "images").symlink_to(tmp_path / "of this node")
-    assert {name: identity(source) for name, source in open_sets(recipe, tmp_path / "prepared").items()} == here
-    assert {name: identity(source) for name, source in open_sets(recipe).items()} != here
+    assert {name: source.identity for name, source in open_sets(recipe, tmp_path / "prepared").items()} == here
+    assert {name: source.identity for name, source in open_sets(recipe).items()} != here

@@ -216,7 +216,7 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     assert "; carft-ray doctor RECIPE --json lists all in training and validation sets" in line
     assert len(without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")) == 116
     assert caplog.messages == [line]
-    assert left.fingerprint != source.fingerprint
+    assert left.identity != source.identity
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # test sets, too, are known in the cache of the recipe
     tested = {"source": "folder", "path": "images", "on_bad_image": "skip"}
     assert digests_of_tests(recipe_of_parts(tree, cache_dir="cache", id_test=tested), Path("cache")).keys() == {

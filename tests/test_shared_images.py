@@ -54,8 +54,9 @@ def write_pictures(images, domains, classes, side=40):
 def records_of(pictures, seed):
     """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
     digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
-    pixels = np.stack([np.frombuffer(pixel_digest(picture), np.uint8) for picture in pictures])
-    return Records(digests, pixels, np.stack([thumbnail_of(picture) for picture in pictures]))
+    thumbnails = np.stack([thumbnail_of(picture) for picture in pictures])
+    pixels = [pixel_digest(*each) for each in zip(pictures, map(np.ndarray.tobytes, thumbnails), strict=True)]
+    return Records(digests, np.stack([np.frombuffer(each, np.uint8) for each in pixels]), thumbnails)
 
 
 def are_one(first, second):
@@ -216,7 +217,7 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     smaller = shares.without_shared(recipe, rows)
     before, after = open_train(recipe), open_train(smaller)
     assert set(before.sample_ids.tolist()) - set(after.sample_ids.tolist()) == {sample_id("train/cat/x.png")}
-    assert before.fingerprint != after.fingerprint
+    assert before.identity != after.identity
     assert not check_sets(smaller)
     copy(here, "val/cat/1.png", "train/cat/y.png")
     assert shares.shared_of_study(recipe, here / "cache", study) == rows

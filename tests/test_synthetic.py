@@ -162,15 +162,15 @@ def test_every_corruption_is_drawn_about_equally_often_and_by_the_seed():
     assert {only.corruption(index) for index in range(50)} == {"fog"}
 
 
-def test_the_fingerprint_and_the_contents_hold_all_that_is_seen_and_not_the_order_of_the_names():
+def test_the_identity_and_the_contents_hold_all_that_is_seen_and_not_the_order_of_the_names():
     spec = corrupted(SANDBOX, corruptions=["fog", "snow"])
     first = opened(spec)
-    assert first.fingerprint.startswith(f"corrupted-{module.CORRUPTION_VERSION}/fog,snow/3/0/224/sandbox-")
-    assert opened({**spec, "corruptions": ["snow", "fog"]}).fingerprint == first.fingerprint
+    assert first.identity.startswith(f"corrupted-{module.CORRUPTION_VERSION}/fog,snow/3/0/224/sandbox-")
+    assert opened({**spec, "corruptions": ["snow", "fog"]}).identity == first.identity
     changes = [{"severity": 2}, {"seed": 1}, {"size": 64}, {"corruptions": ["fog"]}]
     changes.append({"of": {**SANDBOX, "split": "test"}})
     found = [first, *(opened({**spec, **change}) for change in changes)]
-    assert len({other.fingerprint for other in found}) == len({other.content(0) for other in found}) == 6
+    assert len({other.identity for other in found}) == len({other.content(0) for other in found}) == 6
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 300), (257, 800), (225, 240)])
@@ -275,7 +275,7 @@ def test_a_longer_set_begins_with_the_pictures_of_a_shorter_one_and_has_all_clas
     short, long = (sandbox_source("photo", "train", count, "train") for count in (2, 5))
     np.testing.assert_array_equal(short.pixels(3), long.pixels(6))
     assert short.sample_ids[3] == long.sample_ids[6]
-    assert short.fingerprint != long.fingerprint
+    assert short.identity != long.identity
     assert list(long.class_names) == sorted(long.class_names)
     assert np.bincount(long.labels).tolist() == [5] * len(CLASSES)
     assert (long.labels.dtype, long.sample_ids.dtype) == (np.int64, np.uint64)

@@ -39,7 +39,7 @@ from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.file_index import required
 from carft_ray.data.images import DECODERS, decode_image
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, identity, in_order
+from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, in_order
 from carft_ray.data.views import resize
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import fsync_file
@@ -265,7 +265,7 @@ def _kept(
     def build(path: Path) -> None:
         _build(source, kind, made, on_image, path)
 
-    key = cache.key_of([kind, FORMAT_VERSION, identity(source), *makes])
+    key = cache.key_of([kind, FORMAT_VERSION, source.identity, *makes])
     on_wait = None if on_image is None else partial(on_image, 0, len(source))
     return cache.entry(cache_dir, key, read, build, limit_gb, on_wait)
 
@@ -312,7 +312,7 @@ def _build(source: Source, kind: str, made: Callable[[int], Made], on_image: OnI
 
 def _metadata(source: Source, kind: str, shape: tuple[int, ...]) -> dict[str, str]:
     """Returns what the schema of an entry says of it; the height and width of images that all have one size, too."""
-    origin = source.fingerprint.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
+    origin = source.identity.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
     known = {"kind": kind, "name": source.name, "source": origin, "num_images": len(source)}
     if not shape:
         return cache.about(**known)

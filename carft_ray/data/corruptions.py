@@ -392,7 +392,7 @@ class CorruptedSource(DerivedSource):
         self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or CORRUPTIONS))
         shown = f"{','.join(self.corruptions)}/{spec.severity}/{spec.seed}/{spec.size}"
         self._key = f"corrupted-{CORRUPTION_VERSION}/{shown}"
-        self.fingerprint = f"{self._key}/{images.fingerprint}"
+        self.identity = f"{self._key}/{images.identity}"
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages."""

@@ -83,7 +83,7 @@ def _key(recipe: Recipe, name: str) -> str:
 def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
     """Returns the rows of a set with labels and hashes; the metadata has all else that is known of it."""
     listing = source.listing
-    of_set = {name: getattr(source, name) for name in _SET} | {"listed_as": source.fingerprint}
+    of_set = {name: getattr(source, name) for name in _SET} | {"listed_as": source.identity}
     of_listing = {name: getattr(listing, name) for name in _LISTING}
     of_listing["stamps"] = {} if listing.are_files else listing.stamps
     table = listing.table.take(pa.array(source.rows)).drop_columns("class")

@@ -63,7 +63,7 @@ class Listing:
     """What a reader finds, without opening an image: a table that can be stored, and how its rows are read.
 
     Attributes:
-        kind: Reader and its version; begins the fingerprint.
+        kind: Reader and its version; begins the identity.
         home: Where the images are, a resolved path.
         table: A row per image, in the order of the set. ``name``: stable; sample ids (``id``) are hashes of names, so
             a name must depend on neither machine nor place: a relative path with '/', or a key. ``class``. ``path``:
@@ -228,7 +228,7 @@ class StoredSource:
         skipped: Names of images that were left out because they cannot be decoded.
         selection: Positions of part and shots in the listing, of which ``rows`` are those that were not left out.
         max_pixels: Of an image; see the recipe.
-        listed_as: The fingerprint of a set that was listed before, by another process perhaps.
+        listed_as: The identity of a set that was listed before, by another process perhaps.
     """
 
     name: str
@@ -253,15 +253,15 @@ class StoredSource:
         return self.listing.home
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Hash of names, places in their files, stamps, labels and groups.
+    def identity(self) -> str:
+        """Hash of the place of the set, of names, places in their files, stamps, labels and groups.
 
         Raises:
             DataError: A file has vanished.
         """
         if self.listed_as:
             return self.listed_as
-        digest = hashlib.blake2b(self.listing.column.encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{self.home}\0{self.listing.column}\0".encode(), digest_size=16)
         table = self.listing.table.take(pa.array(self.rows))
         columns = (table[name].to_pylist() for name in ("name", "path", "at"))
         for name, path, at, label in zip(*columns, self.labels.tolist(), strict=True):
@@ -322,11 +322,11 @@ class StoredSource:
 def selection(source: StoredSource) -> StoredSource:
     """Returns all images of the part and shots of a set, also those that were left out of it, and without classes.
 
-    Its fingerprint is that of the files alone.
+    Its identity is that of the files alone.
     """
     rows = source.rows if source.selection is None else source.selection
     if rows is source.rows and not source.class_names:
-        return source  # it may know its fingerprint
+        return source  # it may know its identity
     return StoredSource(
         source.name, source.listing, rows, (), np.zeros(len(rows), np.int64), max_pixels=source.max_pixels
     )

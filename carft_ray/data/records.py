@@ -7,9 +7,9 @@ is found (``data.copies.find``), and, but for test sets, its size, its mode, or 
 only the thumbnails show pictures before `test`; one that cannot be decoded has an empty thumbnail.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
-- **Freshness.** The key is a hash of the place of the set and of its fingerprint: names, sizes and dates of the files.
-  A file with another size or date makes it another set, which is read anew. Bytes that change while size and date
-  stay are not noticed.
+- **Freshness.** The key is a hash of the identity of the set: its place, and names, sizes and dates of the files. A
+  file with another size or date makes it another set, which is read anew. Bytes that change while size and date stay
+  are not noticed.
 - **Kills.** Every ``PART`` images the pass writes what it has found, ``records-<key>.<number>.part``; the next pass
   continues from there. Files that cannot be read are reported and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.
@@ -41,7 +41,6 @@ from carft_ray.data.source import (
     IntArray,
     PixelArray,
     Source,
-    identity,
     image_digest,
     pixel_digest,
     reading_threads,
@@ -49,11 +48,14 @@ from carft_ray.data.source import (
 )
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 8  # rises when other things are found in the same files
+FORMAT_VERSION = 9  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 SIDE = 16  # pixels of a thumbnail
+GAP = 3.0  # Pillow first reduces a picture to this many times SIDE at least: half the time, 0.4 of 255 levels off
 NUM_NAMED = 3  # images that a warning names
+NUM_EXAMPLES = 5  # of images that are named
+IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is reported
 OnProgress = Callable[[int, int], None]
 _MODE_BYTES = 8
 _UNREAD = -1  # number of bytes of a file that cannot be read
@@ -71,8 +73,6 @@ _FIELDS = [pa.field(name, kind, nullable=value is None) for name, (kind, value) 
 _NO_NUMBERS = np.empty(0, np.int64)
 _log = logging.getLogger(__name__)
 _warned: set[tuple[str, ...]] = set()  # of this process: images left out; commands open a set several times
-NUM_EXAMPLES = 5  # of images that are named
-IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is reported
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def records(
     """
     whole = selection(source) if isinstance(source, StoredSource) else source
     limit = whole.max_pixels if isinstance(whole, StoredSource) else None
-    path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole), limit])}.arrow"
+    path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, whole.identity, limit])}.arrow"
     table = made_once(
         path,
         path.with_suffix(".lock"),
@@ -153,7 +153,7 @@ def records(
 
 def thumbnail_of(pixels: PixelArray) -> PixelArray:
     """Returns a picture, uint8 [H, W, 3], squeezed into a square, uint8 [16, 16, 3]: Y, Cb, Cr as JPEG has them."""
-    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=GAP)
     return np.asarray(small.convert("YCbCr"))
 
 
@@ -212,7 +212,8 @@ def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
         )
     except DataError as error:
         return {**row, "problem": None if is_test else _as_text(error)}
-    row["pixels"], row["thumbnail"] = pixel_digest(pixels), thumbnail_of(pixels).tobytes()
+    row["thumbnail"] = thumbnail_of(pixels).tobytes()
+    row["pixels"] = pixel_digest(pixels, row["thumbnail"])
     if not is_test:  # what the images of a test set look like is not kept
         row["height"], row["width"], row["mode"] = *pixels.shape[:2], mode.encode().ljust(_MODE_BYTES, b"\0")
     return row

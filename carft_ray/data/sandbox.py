@@ -167,10 +167,9 @@ class SandboxSource:
     labels: IntArray
     sample_ids: IdArray
     groups: None = None  # the pictures are told apart between all classes
-    home: str = ""  # the pictures are drawn
 
     @property
-    def fingerprint(self) -> str:
+    def identity(self) -> str:
         """A text that names the pictures completely."""
         return f"sandbox-{FORMAT}/{self.domain}/{self.split}/{self.num_per_class}"
 
@@ -180,7 +179,7 @@ class SandboxSource:
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages."""
-        return f"{self.fingerprint}, image {index}"
+        return f"{self.identity}, image {index}"
 
     def content(self, index: int) -> bytes:
         """Returns the pixels of image ``index``."""

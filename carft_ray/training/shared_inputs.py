@@ -1,7 +1,6 @@
 """What every training of a study shares: model, prompts, training set, decoded validation sets."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
-from carft_ray.data.source import ImageSet, Source, identity
+from carft_ray.data.source import ImageSet, Source
 from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.heads import templates
 from carft_ray.recipe.schema.data import SandboxSet, plain
@@ -95,7 +94,7 @@ def load_shared_inputs(
 
         validation = tuple(decoded(name) for name in sources if name != TRAIN)
         names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
-        key = json.dumps([clip.weights_hash, names, prompts, list(map(identity, sources.values()))])
+        key = json.dumps([clip.weights_hash, names, prompts, [source.identity for source in sources.values()]])
         _loaded.clear()
         _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
     return _loaded[asked]
@@ -176,7 +175,6 @@ def target_store(
     """
     if recipe.resources.targets != "stored":
         return None
-    ids = hashlib.blake2b(inputs.train.sample_ids.tobytes(), digest_size=16).hexdigest()
-    source_key = json.dumps([identity(inputs.train), ids, recipe.data.resize_short_side, DECODERS])
+    source_key = json.dumps([inputs.train.identity, recipe.data.resize_short_side, DECODERS])
     folder = cache_dir(recipe) / TARGETS
     return store_dir(folder, source_key, inputs.clip, context_head_TD, recipe.train, device)

@@ -41,7 +41,7 @@ from carft_ray.data.readers import list_set, plain_place
 from carft_ray.data.records import NUM_NAMED, OnProgress, Records, records, without_bad_images
 from carft_ray.data.role_checks import may_share
 from carft_ray.data.selection import unlabelled_source
-from carft_ray.data.source import IntArray, PixelArray, Source, identity, in_order
+from carft_ray.data.source import IntArray, PixelArray, Source, in_order
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
@@ -123,7 +123,7 @@ def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
     for name, spec in {"id_test": recipe.data.id_test, **recipe.data.ood_test}.items():
         if spec is not None:
             source = open_source(plain(spec), name, classes, cache_dir)
-            content = [source.fingerprint]  # the sandbox draws its images: the name says which
+            content = [source.identity]  # the sandbox draws its images: the name says which
             if isinstance(source, StoredSource):
                 content = sorted(row.tobytes().hex() for row in records(source, cache_dir, is_test=True).digests)
             found[name] = key_of(content)
@@ -167,7 +167,7 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
         return []
     opened = (_open(spec, plain_place(path, spec), str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
-    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {identity(each.source)}" for each in sets)])
+    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.source.identity}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
     rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))
 
