@@ -223,7 +223,10 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     " carft_ray.launch.stop",
 }
 # which every command ends with: its next step
-LAST = {"scipy": "carft_ray.results.adviser carft_ray.results.reading.finished carft_ray.data.open_source"}
+LAST = {
+    "scipy.stats scipy.ndimage scipy.cluster": "carft_ray.results.adviser carft_ray.results.reading.finished"
+    " carft_ray.data.open_source"
+}
 
 
 @pytest.mark.slow

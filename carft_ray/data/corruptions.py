@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # its modules load when they are first used
 from PIL import Image
-from scipy import fft, ndimage
 
 from carft_ray.data.listing import sample_id
 from carft_ray.data.philox import STREAM_CORRUPTION, words
@@ -57,7 +57,7 @@ MARGIN = 256 / 224  # short side before the crop, over the side of the square: I
 
 def gaussian(x: Floats, sigma: float) -> Floats:
     """Gaussian blur of each colour, cut at 4 sigma, [H, W] or [H, W, C]."""
-    return np.asarray(ndimage.gaussian_filter(x, sigma, mode="nearest", truncate=4, axes=(0, 1)))
+    return np.asarray(scipy.ndimage.gaussian_filter(x, sigma, mode="nearest", truncate=4, axes=(0, 1)))
 
 
 def smear(x: Floats, radius: float, sigma: float, angle: float) -> Floats:
@@ -96,7 +96,7 @@ def zoom(x: Floats, factor: float) -> Floats:
 
 def sample(x: Floats, places: Floats, mode: str) -> Floats:
     """Reads [H, W, C] at places [2, H, W] (down, right), linearly; ``mode`` continues the picture as in SciPy."""
-    return np.stack([ndimage.map_coordinates(x[..., c], places, order=1, mode=mode) for c in range(3)], axis=-1)
+    return np.stack([scipy.ndimage.map_coordinates(x[..., c], places, order=1, mode=mode) for c in range(3)], axis=-1)
 
 
 def smooth(fields: Floats, sigma: float) -> Floats:
@@ -107,12 +107,12 @@ def smooth(fields: Floats, sigma: float) -> Floats:
     """
     steps = np.arange(1, int(3 * sigma + 0.5) + 1)
     weights = np.exp(-0.5 * (steps / sigma) ** 2) if len(steps) else np.zeros(0)
-    spectrum = fft.dctn(fields, axes=(1, 2))
+    spectrum = scipy.fft.dctn(fields, axes=(1, 2))
     for axis in (1, 2):
         size = fields.shape[axis]
         response = (1 + 2 * np.cos(np.pi / size * np.outer(np.arange(size), steps)) @ weights) / (1 + 2 * weights.sum())
         spectrum *= response.reshape(-1, 1) if axis == 1 else response
-    return np.asarray(fft.idctn(spectrum, axes=(1, 2)))
+    return np.asarray(scipy.fft.idctn(spectrum, axes=(1, 2)))
 
 
 def plasma(height: int, width: int, rng: Rng, decay: float) -> Floats:
@@ -226,7 +226,7 @@ def defocus_blur(x: Floats, rng: Rng, radius: float, edge_sigma: float) -> Float
     reach = 2 if radius > 8 else 1
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / edge_sigma) ** 2)
     for axis in (0, 1):
-        x = ndimage.convolve1d(x, taps / taps.sum(), axis, mode="mirror")
+        x = scipy.ndimage.convolve1d(x, taps / taps.sum(), axis, mode="mirror")
     height, width = x.shape[:2]
     rows = int(radius)
     sums = np.pad(x, ((rows, rows), (rows, rows), (0, 0)), "reflect").cumsum(axis=1)

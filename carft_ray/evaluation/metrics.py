@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy  # its modules load when they are first used
 
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.predictions import BoolArray, FloatArray
@@ -171,9 +172,7 @@ def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
 
     Unlike p +- z sqrt(p (1 - p) / n) it has a width where p is 0 or 1.
     """
-    from scipy.stats import binomtest  # takes half a second, and few commands need it
-
     if num_images == 0:
         return 0.0, 1.0
-    low, high = binomtest(num_correct, num_images).proportion_ci(LEVEL, method="wilson")
+    low, high = scipy.stats.binomtest(num_correct, num_images).proportion_ci(LEVEL, method="wilson")
     return float(low), float(high)

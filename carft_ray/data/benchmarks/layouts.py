@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # its modules load when they are first used
 
 from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
 from carft_ray.data.listing import Listing, image_table
@@ -128,10 +129,8 @@ def read_matlab(path: Path, *keys: str) -> Any:
     Raises:
         DataError: It cannot be read, or has no such variable.
     """
-    from scipy.io import loadmat
-
     try:
-        value = loadmat(io.BytesIO(read_regular(path, MOST_LIST_BYTES)), squeeze_me=True)
+        value = scipy.io.loadmat(io.BytesIO(read_regular(path, MOST_LIST_BYTES)), squeeze_me=True)
         for key in keys:
             value = value[key]
         return [one.item() if hasattr(one, "item") else one for one in value.reshape(-1).tolist()]

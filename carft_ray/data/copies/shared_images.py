@@ -17,6 +17,8 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
+import scipy  # its modules load when they are first used
+
 from carft_ray import files
 from carft_ray.data.copies.find import LIMIT, NUM_EXAMPLES, SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.data.images import small_jpeg
@@ -131,11 +133,9 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
         raise HoldOutError(shared_problems(pairs))
     leaving: dict[_Key, SharedImage] = {}
     if recipe.data.shared_images == "drop":
-        from scipy.cluster.hierarchy import DisjointSet  # slow to import
-
         specs = {plain_place(path, spec): (str(path[1]), spec) for path, spec in named_sets(recipe).items()}
         images = {_key(image): image for pair in pairs for image in (pair.first, pair.second)}
-        connected = DisjointSet(images)
+        connected = scipy.cluster.hierarchy.DisjointSet(images)
         for pair in pairs:
             connected.merge(_key(pair.first), _key(pair.second))
         for component in connected.subsets():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy  # its modules load when they are first used
 
 from carft_ray.evaluation.metrics import LEVEL, wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
@@ -206,7 +206,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
-    return float(stats.spearmanr(a, b).statistic)
+    return float(scipy.stats.spearmanr(a, b).statistic)
 
 
 def _image_variance(array_rn: FloatArray) -> float:
@@ -246,7 +246,7 @@ def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> t
         off = -math.log(1 - LEVEL) * per_image
         return off, 1.0 if abs(mean) < _ZERO or per_image == 0 else math.exp(-abs(mean) / per_image)
     error = math.sqrt(variance)
-    return float(stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(scipy.stats.t.sf(abs(mean) / error, dof))
 
 
 def _or_zero(variance: float) -> float:
