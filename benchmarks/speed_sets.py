@@ -36,9 +36,9 @@ from carft_ray.data import source as reading
 from carft_ray.data.cached_sets import image_set
 from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
 from carft_ray.data.selection import stored_source, unlabelled_source
+from carft_ray.data.sets import list_set
 from carft_ray.data.source import reading_threads
 from carft_ray.recipe.schema.data import FolderSet, SetSpec
 

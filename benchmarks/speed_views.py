@@ -38,8 +38,8 @@ from benchmarks.rows import Row, median_row
 from carft_ray.data.cache import list_entries
 from carft_ray.data.cached_sets import PackedSource, image_set
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
+from carft_ray.data.sets import list_set
 from carft_ray.data.source import ImageSet, IntArray, PixelArray, Source
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores

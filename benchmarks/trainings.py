@@ -36,7 +36,7 @@ from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.open_source import open_source
+from carft_ray.data.sets import open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions

@@ -4,7 +4,7 @@
 
 Replace ``my_source`` with your own code: a database, a bucket, a simulator, an archive. carft-ray needs one row per
 image: a name that stays the same, the class, the bytes of an image file, and a column that separates the sets. A reader
-inside carft-ray would be a file in ``carft_ray/data/formats`` and a row in ``carft_ray/data/readers.py``.
+inside carft-ray would be a file in ``carft_ray/data/formats`` and a row in ``carft_ray/data/sets.py``.
 """
 
 import io

@@ -8,9 +8,8 @@ from pydantic import TypeAdapter
 
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.open_source import open_source
-from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
+from carft_ray.data.sets import list_set, open_source
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import resolve_path, with_paths
 from carft_ray.recipe.schema.data import SetSpec

@@ -21,7 +21,7 @@ from test_debug import numbers as results
 import carft_ray
 from carft_ray.api import actions, checks, studies
 from carft_ray.cli import app
-from carft_ray.data import readers
+from carft_ray.data import sets
 from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
@@ -323,7 +323,7 @@ def test_two_threads_run_commands_of_their_own_and_what_is_open_is_forgotten_aft
 
     def longer():
         with checks.command():
-            listings.append(readers._kept.get())
+            listings.append(sets._kept.get())
             first.set()
             second.wait(60)
 
@@ -331,7 +331,7 @@ def test_two_threads_run_commands_of_their_own_and_what_is_open_is_forgotten_aft
     thread.start()
     assert first.wait(60)
     with checks.command(), checks.command():  # the second one belongs to the first
-        listings.append(readers._kept.get())
+        listings.append(sets._kept.get())
     assert forgotten == []
     second.set()
     thread.join()

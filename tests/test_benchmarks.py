@@ -29,9 +29,9 @@ from benchmarks import (
 from benchmarks import landscape as landscapes
 from carft_ray import model
 from carft_ray.data.cached_sets import image_set
-from carft_ray.data.readers import list_set
 from carft_ray.data.sandbox import DOMAINS, TEMPLATES, render
 from carft_ray.data.selection import stored_source
+from carft_ray.data.sets import list_set
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.study.journal import trial_name

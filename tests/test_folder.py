@@ -13,7 +13,7 @@ from PIL import Image
 from sources import folder_source
 
 from carft_ray import files
-from carft_ray.data import readers
+from carft_ray.data import sets
 from carft_ray.data.draft import survey
 from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.data.listing import sample_id
@@ -144,7 +144,7 @@ def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
 @pytest.fixture
 def told(monkeypatch, caplog):
     """What one listing of a set writes to the log."""
-    monkeypatch.setattr(readers, "_warned", set())
+    monkeypatch.setattr(sets, "_warned", set())
     return caplog
 
 

@@ -21,8 +21,8 @@ from sources import open_set, told
 from benchmarks.photos import photo
 from carft_ray.data import images
 from carft_ray.data.images import FORMATS, _plain_jpeg, decode_image
-from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.records import records, without_bad_images
+from carft_ray.data.sets import open_sets, write_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
 

@@ -37,9 +37,9 @@ from sources import open_set, recipe_of, told
 
 from carft_ray.data.cached_sets import DecodedSource, PackedSource, image_set
 from carft_ray.data.formats.webdataset import find_files
-from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.sets import open_sets, write_sets
 from carft_ray.data.source import image_digest, image_digests, set_digest
 from carft_ray.data.table_rows import ArrowRows, ParquetRows
 from carft_ray.evaluation.predictions import read_predictions

@@ -18,8 +18,8 @@ from sources import open_train
 
 from carft_ray.data.class_names import class_folders, class_names
 from carft_ray.data.draft import Roles, choose_roles, draft, readable, survey
-from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.sets import open_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe import yaml
 from carft_ray.recipe.loading import load_recipe

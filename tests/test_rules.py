@@ -214,7 +214,7 @@ def test_no_assert_checks_what_a_user_gives():
 QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": "carft_ray carft_ray.environment carft_ray.recipe.loading"
     " carft_ray.recipe.space carft_ray.recipe.rules",
-    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
+    "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.sets"
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
@@ -225,7 +225,7 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
 # which every command ends with: its next step
 LAST = {
     "scipy.stats scipy.ndimage scipy.cluster": "carft_ray.results.adviser carft_ray.results.reading.finished"
-    " carft_ray.data.open_source"
+    " carft_ray.data.sets"
 }
 
 

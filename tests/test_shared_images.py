@@ -24,10 +24,9 @@ from carft_ray import words
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
 from carft_ray.data.listing import StoredSource, sample_id
-from carft_ray.data.open_source import open_source
-from carft_ray.data.readers import excluded_ids
 from carft_ray.data.records import SIDE, Records, thumbnail_of
 from carft_ray.data.role_checks import check_sets
+from carft_ray.data.sets import excluded_ids, open_source
 from carft_ray.data.source import DIGEST_BYTES, pixel_digest
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES

@@ -16,9 +16,9 @@ from bucket_server import copied, impatient
 from logs import holding
 
 import carft_ray
-from carft_ray.data import cache, listed_sets
+from carft_ray.data import cache, sets
 from carft_ray.data.file_index import open_table, write_table
-from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.data.sets import open_sets, write_sets
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.data import DataConfig
@@ -516,7 +516,7 @@ def test_a_set_that_a_study_claims_to_have_listed_is_not_taken_for_one_of_the_sa
     for path in (folder / "sets").iterdir():
         table = open_table(path)
         about = json.loads(table.schema.metadata[b"about"])
-        about["key"] = listed_sets._key(drawn, path.stem)
+        about["key"] = sets._key(drawn, path.stem)
         write_table(path, table.replace_schema_metadata({"about": json.dumps(about)}))
     assert {type(source).__name__ for source in open_sets(drawn, folder).values()} == {"SandboxSource"}
 

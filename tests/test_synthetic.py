@@ -18,11 +18,10 @@ from carft_ray.data import sandbox
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.corruptions import CORRUPTIONS, corrupt, squared
-from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sandbox import CLASSES, export_images, render, sandbox_source
+from carft_ray.data.sets import open_sets, open_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.study.recipe_identity import class_of

@@ -25,7 +25,7 @@ from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies import find
 from carft_ray.data.listing import sample_id
-from carft_ray.data.open_source import open_source
+from carft_ray.data.sets import open_source
 from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
@@ -34,8 +34,7 @@ from carft_ray.launch.events import Started
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results import confirmation, test_summary
-from carft_ray.results.confirmation import PlanRow, Stage, write_plan
-from carft_ray.results.confirmed import confirm_lines, summarise
+from carft_ray.results.confirmation import PlanRow, Stage, confirm_lines, summarise, write_plan
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study

@@ -240,7 +240,7 @@ def confirm(
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.command import Plan, run_confirm
     from carft_ray.results import confirmation
-    from carft_ray.results.confirmed import choose, confirm_lines, summarise
+    from carft_ray.results.confirmation import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)

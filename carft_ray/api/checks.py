@@ -43,7 +43,7 @@ def command() -> Iterator[None]:
         return
     require_versions()
     notebook.without_bars_of_others()
-    from carft_ray.data.readers import listing_once
+    from carft_ray.data.sets import listing_once
 
     token = _runs.set(True)
     with _counting:

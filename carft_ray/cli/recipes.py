@@ -147,8 +147,8 @@ def _draft(
 
 def _refused(recipe: "Recipe") -> list[Problem]:
     """Returns what `doctor` will find wrong with the sets of a recipe, as far as no image must be opened."""
-    from carft_ray.data.readers import listing_once
     from carft_ray.data.role_checks import check_roles, check_sets
+    from carft_ray.data.sets import listing_once
 
     with listing_once():
         return [*check_roles(recipe), *check_sets(recipe, lists_tests=True)]

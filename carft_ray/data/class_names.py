@@ -3,7 +3,7 @@
 from carft_ray.data import sandbox
 from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.listing import Listing
-from carft_ray.data.readers import list_set, plain_place
+from carft_ray.data.sets import list_set, plain_place
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import BenchmarkSet, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe

@@ -26,7 +26,7 @@ from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import and_more, normal, text_problems
-from carft_ray.data.readers import list_set
+from carft_ray.data.sets import list_set
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 from carft_ray.recipe.rules import ROLES

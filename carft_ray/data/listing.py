@@ -1,6 +1,6 @@
 """Stored images: what a set's reader finds, and the source that is made of it.
 
-A reader (``data/readers.py``) lists a set without opening an image: a table with a stable name, a class and a place
+A reader (``data/sets.py``) lists a set without opening an image: a table with a stable name, a class and a place
 per image. Reading them is the same for every kind of set and stands here; ``selection.py`` says which
 belong to a set.
 """

@@ -5,8 +5,8 @@ from pathlib import PurePath
 from carft_ray.data import sandbox
 from carft_ray.data.class_names import class_list, word_problems
 from carft_ray.data.listing import Listing, and_more
-from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.selection import class_problems, empty_problem, name_problems, selected_rows
+from carft_ray.data.sets import list_set, plain_place, reader_of
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values

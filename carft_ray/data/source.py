@@ -51,7 +51,7 @@ class Source(Protocol):
         """A text that changes when any image, label, id or place may have changed: in each key of what is kept of them.
 
         Archives give many files one date and one size, so the place counts, that where the set was listed: nodes that
-        map a set that the driver has listed (``data.listed_sets``) agree in it. Raises DataError: a file has vanished.
+        map a set that the driver has listed (``data.sets``) agree in it. Raises DataError: a file has vanished.
         """
 
     @property

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from carft_ray import files
-from carft_ray.data.readers import forget_listings
+from carft_ray.data.sets import forget_listings
 from carft_ray.errors import StorageError
 from carft_ray.launch.capacity import AtATime, Capacity
 from carft_ray.launch.driver import Driver

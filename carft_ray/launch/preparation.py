@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import environment
-from carft_ray.data.listed_sets import write_sets
+from carft_ray.data.sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem
 from carft_ray.launch.capacity import Capacity, num_fitting
 from carft_ray.launch.cluster import nodes_alive

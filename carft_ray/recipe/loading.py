@@ -18,8 +18,7 @@ from pydantic import ValidationError
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.files import is_address
 from carft_ray.recipe import yaml
-from carft_ray.recipe.messages import at, problems_in, shown
-from carft_ray.recipe.overrides import Places, apply_overrides
+from carft_ray.recipe.messages import Places, apply_overrides, at, problems_in, shown
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schema.fields import Config, PathIn, path_in
 from carft_ray.recipe.schema.model import LOCAL_DIR, is_weights_path

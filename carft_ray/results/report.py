@@ -21,7 +21,7 @@ from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
-from carft_ray.results.confirmed import confirm_lines
+from carft_ray.results.confirmation import confirm_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline

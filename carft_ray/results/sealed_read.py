@@ -23,8 +23,8 @@ from carft_ray.data.cached_sets import image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
-from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.sets import open_source
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, StorageError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions

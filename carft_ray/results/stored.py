@@ -19,8 +19,7 @@ from carft_ray.evaluation.predictions import (
     sample_ids,
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
-from carft_ray.results.confirmation import read_plan
-from carft_ray.results.confirmed import complete_trainings, row_correct, whole_rows
+from carft_ray.results.confirmation import complete_trainings, read_plan, row_correct, whole_rows
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 from carft_ray.study.training import TrialRow, file_of

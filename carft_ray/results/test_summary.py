@@ -30,8 +30,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import Stage, last_stage
-from carft_ray.results.confirmed import complete_trainings, whole_rows
+from carft_ray.results.confirmation import Stage, complete_trainings, last_stage, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry

@@ -22,12 +22,11 @@ from carft_ray.data.class_names import class_folders, class_names
 from carft_ray.data.copies.find import SharedPair, shared_pairs
 from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
-from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.records import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, records, same_words
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.selection import stored_source
+from carft_ray.data.sets import list_set, open_source, plain_place, reader_of
 from carft_ray.data.source import Source
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.metrics import chance, is_above_chance, wilson

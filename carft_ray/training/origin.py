@@ -11,9 +11,9 @@ import torch
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.corruptions import CorruptedSource
-from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
+from carft_ray.data.sets import open_sets
 from carft_ray.data.source import image_digest, image_digests, set_digest
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
 from carft_ray.model.device import device_name

@@ -14,9 +14,9 @@ from carft_ray.data.cached_sets import DecodedSource, PackedSource, image_set, p
 from carft_ray.data.class_names import class_words
 from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.images import DECODERS
-from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
+from carft_ray.data.sets import TRAIN, open_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.heads import templates
@@ -71,7 +71,7 @@ def load_shared_inputs(
         recipe: The recipe.
         on_image: Called with (set, images done, images in all) while a set is built into the cache; see
             ``cached_sets.image_set``.
-        prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
+        prepared_dir: Folder of a preparation, whose sets are not listed again (``data.sets``).
 
     Raises:
         RecipeError, DataError: The model or a set cannot be opened.

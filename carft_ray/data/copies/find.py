@@ -36,11 +36,10 @@ import numpy.typing as npt
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
-from carft_ray.data.readers import list_set, plain_place
 from carft_ray.data.records import NUM_NAMED, OnProgress, Records, records, without_bad_images
 from carft_ray.data.role_checks import may_share
 from carft_ray.data.selection import unlabelled_source
+from carft_ray.data.sets import list_set, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source, in_order
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json

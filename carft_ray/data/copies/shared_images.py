@@ -23,8 +23,8 @@ from carft_ray import files
 from carft_ray.data.copies.find import LIMIT, NUM_EXAMPLES, SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.data.images import small_jpeg
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.readers import excluded_ids, plain_place
 from carft_ray.data.role_checks import check_roles, may_share
+from carft_ray.data.sets import excluded_ids, plain_place
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.rules import named_sets
