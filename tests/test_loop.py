@@ -377,7 +377,7 @@ def test_values_come_in_order_before_an_error_and_few_are_made_ahead(number):
         assert len(begun) - value - 1 <= number
     with pytest.raises(ZeroDivisionError):
         next(values)
-    assert threads_named("batches") == []
+    assert threads_named("ThreadPool") == []
 
 
 @pytest.mark.parametrize("ahead", [False, True])

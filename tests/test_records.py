@@ -168,7 +168,7 @@ def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
 def test_values_come_in_order_each_made_once_and_few_ahead(num_threads):
     for number in (0, 1, 7, 500):
         made = []
-        values = in_order(lambda index, made=made: made.append(index) or index, number, num_threads)
+        values = in_order(lambda index, made=made: made.append(index) or index, range(number), num_threads)
         for taken, value in enumerate(values):
             assert value == taken
             assert max(made) - taken <= AHEAD * num_threads
@@ -188,13 +188,13 @@ def test_the_first_error_is_raised_behind_all_values_before_it():
         return index
 
     with pytest.raises(DataError, match="image 2"):
-        taken.extend(in_order(make, 20, 4))
+        taken.extend(in_order(make, range(20), 4))
     assert taken == [0, 1]
 
 
 def test_nothing_is_made_any_more_once_it_is_closed():
     made = []
-    values = in_order(lambda index: made.append(index), 10_000, 2)
+    values = in_order(lambda index: made.append(index), range(10_000), 2)
     next(values)
     values.close()
     assert len(made) < 100

@@ -165,7 +165,7 @@ def test_a_training_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, mon
         with pytest.raises(StoppedRun, match="at step 10 of 600"):
             fine_tune(tiny_clip, *heads, source, train, context, target_store=tmp_path, num_threads=2)
         assert len(shown) <= 13 * 64  # and those that are made ahead
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("views", "batches"))]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("views", "ThreadPool"))]
     assert len(blocks_of(tmp_path, 3840)) == 10
 
 

@@ -279,7 +279,7 @@ def _build(source: Source, kind: str, made: Callable[[int], Made], on_image: OnI
     number = len(source)
     with (
         tempfile.TemporaryFile(dir=path.parent) as plain,
-        contextlib.closing(in_order(made, number)) as images,
+        contextlib.closing(in_order(made, range(number))) as images,
     ):
         first = next(images)
         shape = np.shape(first[0])  # () of a file

@@ -9,7 +9,7 @@ Shape letters: N images of a set, H height, W width, C = 3 colours.
 import hashlib
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -25,6 +25,7 @@ IdArray = npt.NDArray[np.uint64]
 DIGEST_BYTES = 16
 AHEAD = 4  # images in memory for each thread while a set is read
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Source(Protocol):
@@ -134,29 +135,32 @@ def reading_threads() -> int:
     return max(4, environment.usable_cores())
 
 
-def in_order(make: Callable[[int], T], number: int, num_threads: int | None = None) -> Generator[T, None, None]:
-    """Yields ``make(0)``, ``make(1)``, ..., made by several threads a little ahead of whoever takes them.
+def in_order(
+    make: Callable[[Item], T], items: Iterable[Item], num_threads: int | None = None, ahead: int | None = None
+) -> Generator[T, None, None]:
+    """Yields ``make(item)`` of every item, in order, made by several threads a little ahead of whoever takes them.
 
-    At most ``AHEAD`` values for each thread are made and not taken, all of them close to one another: what is read
-    quickly in order alone is read almost in order. Close it (``contextlib.closing``) where it may not be taken to its
-    end.
+    What is made and not taken is close to one another: what is read quickly in order alone is read almost in order.
+    Close it (``contextlib.closing``) where it may not be taken to its end.
 
     Args:
         make: Called by several threads at once.
-        number: How many values.
+        items: Taken by the caller's thread, no further ahead than values are made.
         num_threads: None: ``reading_threads``.
+        ahead: Values that are being made, or are made, beyond the one that is taken; None: ``AHEAD`` for each thread.
 
     Raises:
-        Exception: What ``make`` raised for the lowest index, once all values before it are taken.
+        Exception: What ``make`` raised for the first item, once all values before it are taken.
     """
     threads = num_threads or reading_threads()
+    beyond = AHEAD * threads - 1 if ahead is None else ahead
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[T]] = deque()
     try:
-        for index in range(number):
-            if len(pending) == AHEAD * threads:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > beyond:
                 yield pending.popleft().result()
-            pending.append(pool.submit(make, index))
         while pending:
             yield pending.popleft().result()
     finally:
@@ -169,7 +173,7 @@ def image_digests(source: Source) -> list[bytes]:
     Raises:
         DataError: A file cannot be read.
     """
-    return list(in_order(lambda index: image_digest(source.content(index)), len(source)))
+    return list(in_order(lambda index: image_digest(source.content(index)), range(len(source))))
 
 
 def set_digest(source: Source, digests: list[bytes] | None = None) -> str:

@@ -7,7 +7,7 @@ Shape letters: B images of a batch, N images of a set, H height, W width, S side
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ _NUM_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 Try = tuple[float, float, int, int]  # area as a share of the image, ratio w/h, words of top and left
+Run = Callable[[Callable[[slice], None], Iterable[slice]], Iterable[None]]
 
 
 def crop_tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: float) -> Iterator[Iterator[Try]]:
@@ -89,8 +90,11 @@ def view_batch(
     visit: npt.ArrayLike,
     crop_scale: float,
     image_size: int,
+    *,
+    run: Run = map,
+    part_size: int | None = None,
 ) -> PixelArray:
-    """Returns the views of several images, uint8 [B, S, S, 3]; see ``fill_views``.
+    """Returns the views of several images, uint8 [B, S, S, 3]: random crop, then bicubic resize to a square.
 
     Args:
         images: A source, or decoded images, uint8 [N, H, W, 3].
@@ -100,30 +104,8 @@ def view_batch(
         visit: How often the images have been shown before; one number, or [B].
         crop_scale: Lower end of the area of the crop, 0 < crop_scale <= 1.
         image_size: Side S of the views in pixels.
-
-    Raises:
-        ValueError: ``sample_ids`` does not go with ``indices``.
-        DataError: An image of the source cannot be read.
-    """
-    views_BHWC = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
-    fill_views(views_BHWC, images, indices, sample_ids, seed, visit, crop_scale)
-    return views_BHWC
-
-
-def fill_views(
-    views_BHWC: PixelArray,
-    images: Source | PixelArray,
-    indices: IntArray,
-    sample_ids: IdArray,
-    seed: int,
-    visit: npt.ArrayLike,
-    crop_scale: float,
-) -> None:
-    """Makes the view of image ``indices[b]`` in row b: random crop, then bicubic resize to a square.
-
-    Args:
-        views_BHWC: Where they are written, uint8 [B, S, S, 3].
-        images: As for ``view_batch``, and so are the others.
+        run: Makes the parts of the batch: ``map``, or that of a pool of threads.
+        part_size: Images of a part; None: all.
 
     Raises:
         ValueError: ``sample_ids`` does not go with ``indices``.
@@ -131,9 +113,18 @@ def fill_views(
     """
     if sample_ids.shape != indices.shape:
         raise ValueError(f"one sample id per index must be given, but got {sample_ids.shape} and {indices.shape}")
-    draws = crop_tries(seed, sample_ids, visit, crop_scale)
-    for view, index, tries in zip(views_BHWC, indices.tolist(), draws, strict=True):
-        _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
+    views_BHWC = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
+    visits = np.broadcast_to(np.asarray(visit), indices.shape)
+    size = part_size or max(1, len(indices))
+
+    def fill(rows: slice) -> None:
+        draws = crop_tries(seed, sample_ids[rows], visits[rows], crop_scale)
+        for view, index, tries in zip(views_BHWC[rows], indices[rows].tolist(), draws, strict=True):
+            _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
+
+    for _ in run(fill, [slice(start, start + size) for start in range(0, len(indices), size)]):
+        pass
+    return views_BHWC
 
 
 def _show(pixels_HWC: PixelArray, tries: Iterator[Try], view_HWC: PixelArray) -> None:

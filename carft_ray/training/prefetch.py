@@ -9,7 +9,6 @@ Shape letters: B images of a batch, N images of a set, H height, W width.
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import starmap
@@ -20,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
-from carft_ray.data.views import fill_views, view_batch
+from carft_ray.data.source import IdArray, IntArray, PixelArray, Source, in_order
+from carft_ray.data.views import view_batch
 
 AHEAD = 2  # batches: while one is computed on, the threads finish the next and have begun another
 SMALLEST_PART, LARGEST_PART = 4, 16  # images of a batch that one thread makes in one go
@@ -59,25 +58,8 @@ def view_threads(num_threads: int) -> Iterator[MakeViews]:
         return
     pool = ThreadPoolExecutor(num_threads, "views")
 
-    def make(
-        images: Source,
-        indices: IntArray,
-        sample_ids: IdArray,
-        seed: int,
-        visit: npt.ArrayLike,
-        crop_scale: float,
-        image_size: int,
-    ) -> PixelArray:
-        views_BHWC = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
-        visits = np.broadcast_to(np.asarray(visit), indices.shape)
-        size, jobs = part_size(len(indices), num_threads), []
-        for start in range(0, len(indices), size):
-            rows = slice(start, start + size)
-            part = (views_BHWC[rows], images, indices[rows], sample_ids[rows], seed, visits[rows], crop_scale)
-            jobs.append(pool.submit(fill_views, *part))
-        for job in jobs:
-            job.result()
-        return views_BHWC
+    def make(images: Source, indices: IntArray, *how: Any) -> PixelArray:
+        return view_batch(images, indices, *how, run=pool.map, part_size=part_size(len(indices), num_threads))
 
     try:
         yield make
@@ -98,18 +80,8 @@ def made_ahead(make: Callable[..., T], parts: Iterable[tuple[Any, ...]], number:
     """
     if not number:
         yield from starmap(make, parts)
-        return
-    pool = ThreadPoolExecutor(number, "batches")
-    pending: deque[Future[T]] = deque()
-    try:
-        for part in parts:
-            pending.append(pool.submit(make, *part))
-            if len(pending) > number:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    else:
+        yield from in_order(lambda part: make(*part), parts, number, number)
 
 
 def copy_stream(device: torch.device) -> "torch.cuda.Stream | None":

@@ -256,7 +256,7 @@ def same_pictures(
 
     equal_K2, total = same_pixels(first, second), theirs_WM.shape[1]
     found, apart = [equal_K2], [np.zeros(len(equal_K2), np.float32)]
-    for number, (pairs_K2, apart_K) in enumerate(in_order(compared, math.ceil(total / _ROWS)), start=1):
+    for number, (pairs_K2, apart_K) in enumerate(in_order(compared, range(math.ceil(total / _ROWS))), start=1):
         found.append(pairs_K2)
         apart.append(apart_K)
         on_progress(min(number * _ROWS, total), total)
