@@ -45,8 +45,14 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_pre
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import DEFAULT_GRID
-from carft_ray.results.statistics.headline import headline, in_points, objective_difference
-from carft_ray.results.statistics.intervals import OVER_SEEDS_AND_IMAGES, Interval, paired_differences
+from carft_ray.results.statistics.intervals import (
+    OVER_SEEDS_AND_IMAGES,
+    Interval,
+    headline,
+    in_points,
+    objective_difference,
+    paired_differences,
+)
 from carft_ray.ui import console
 
 ROOT = Path(__file__).resolve().parents[1]

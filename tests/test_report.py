@@ -32,7 +32,7 @@ from carft_ray.results.page.data import page_document
 from carft_ray.results.page.page import FIGURES, HERE, figures, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
-from carft_ray.results.statistics.headline import in_points
+from carft_ray.results.statistics.intervals import in_points
 from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, ranking_noise
 from carft_ray.results.verdict_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study

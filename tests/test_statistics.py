@@ -11,8 +11,16 @@ from benchmarks.statistics import SMALL_IMAGES, SMALL_LEAST, SMALL_MOST, SMALL_S
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics import intervals
-from carft_ray.results.statistics.headline import headline, in_points, objective_difference, p_words
-from carft_ray.results.statistics.intervals import crossed, objective_interval, rank_correlation, values_by_seed
+from carft_ray.results.statistics.intervals import (
+    crossed,
+    headline,
+    in_points,
+    objective_difference,
+    objective_interval,
+    p_words,
+    rank_correlation,
+    values_by_seed,
+)
 from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, holm, ranking_noise, row_lines
 from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console

@@ -14,8 +14,7 @@ from carft_ray.evaluation.predictions import correct, select
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import alone, single
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
-from carft_ray.results.statistics.headline import objective_difference
-from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
+from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
 from carft_ray.study.place import named
 from carft_ray.study.provenance import differences
 

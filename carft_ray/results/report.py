@@ -24,7 +24,7 @@ from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirmation import confirm_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.statistics.headline import against_baseline
+from carft_ray.results.statistics.intervals import against_baseline
 from carft_ray.results.statistics.paired import correct_best, later_best, ranking_noise, row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_summary import read_lines

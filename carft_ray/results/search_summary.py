@@ -9,7 +9,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, pruner_quality
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.statistics.headline import against_baseline
+from carft_ray.results.statistics.intervals import against_baseline
 from carft_ray.results.stored import read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named

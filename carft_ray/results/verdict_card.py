@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.results import test_summary
-from carft_ray.results.statistics.headline import in_points
+from carft_ray.results.statistics.intervals import in_points
 from carft_ray.results.statistics.paired import headline_line, later_best
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.rows import ZERO_SHOT

@@ -25,8 +25,16 @@ import numpy as np
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
-from carft_ray.results.statistics.headline import headline, in_points, objective_difference, p_words
-from carft_ray.results.statistics.intervals import Interval, ValuesBySet, residual_variance, values_by_seed
+from carft_ray.results.statistics.intervals import (
+    Interval,
+    ValuesBySet,
+    headline,
+    in_points,
+    objective_difference,
+    p_words,
+    residual_variance,
+    values_by_seed,
+)
 from carft_ray.words import counted
 
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
