@@ -9,6 +9,7 @@ kept their pictures (``training.thumbnails``), and its predictions say what has 
 
 import base64
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from carft_ray import __version__, files
 from carft_ray.data.copies.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
-from carft_ray.evaluation.objective import ID_SET, objective_spec
+from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predictions, select, sets
 from carft_ray.layout import CONFIRM, LOG, TEST_DIR, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
@@ -73,6 +74,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     provenance = provenance_of(view.log or log_of(study_dir))
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
+    predictions, points = _of_best(view)
     document = {
         "study": named(study_dir),
         "name": recipe.name,
@@ -95,9 +97,9 @@ def page_document(view: Overview) -> dict[str, Any]:
         "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
         "curves": _curves(view),
         "importance": importances(study_dir),
-        "changes": _changes(view, class_names),
-        "changed_images": changed_images(view, points_of_best(view), class_names),
-        "reliability": _reliability(view),
+        "changes": _changes(spec, predictions, points, class_names),
+        "changed_images": changed_images(view, predictions, points, class_names),
+        "reliability": _reliability(spec, predictions, points),
         "ledger": [asdict(entry) for entry in read_ledger(study_dir, view.log)],
         "shared_images": [asdict(row) for row in read_shared(study_dir)],
         "provenance": provenance,
@@ -167,28 +169,42 @@ def _curves(view: Overview) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(view: Overview, class_names: Sequence[str]) -> list[dict[str, Any]]:
+def _of_best(view: Overview) -> tuple[pa.Table, list[Point]]:
+    """Returns the predictions of the best trial, and the points at which it is compared with itself, by name.
+
+    Where it is at alpha 1, these are two; none where there is no best trial, or no predictions of it.
+    """
+    best = view.best
+    if best is None or not predictions_path(view.study_dir, best).exists():
+        return pa.table({}), []
+    table = read_predictions(predictions_path(view.study_dir, best))
+    wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
+    if wanted["chosen"] == wanted["fine-tuned"]:
+        del wanted["fine-tuned"]
+    known = alphas(table, ID_SET)
+    return table, [(name, alpha) for name, alpha in wanted.items() if alpha in known]
+
+
+def _changes(
+    spec: ObjectiveSpec, table: pa.Table, points: Sequence[Point], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Returns per validation set how many answers of the best trial change between its alphas, and of which classes.
 
     ``steps`` are between zero-shot, the chosen alpha and alpha 1: numbers of images that become ``right`` and
     ``wrong``, and the classes of most of them.
     """
-    points, best = points_of_best(view), view.best
-    if best is None or len(points) < 2:
-        return []
-    table = read_predictions(predictions_path(view.study_dir, best))
     found = []
-    for name in objective_spec(view.recipe).sets:
+    for name in spec.sets if len(points) > 1 else ():
         correct_RN = correct_matrix([(table, alpha) for _, alpha in points], name)
         part = select(table, name, points[0][1])
         labels_N = part["label"].to_numpy()[np.argsort(part["sample_id"].to_numpy(), kind="stable")]
         steps = []
-        for first, second in zip(range(len(points)), range(1, len(points)), strict=False):
-            right, wrong = ~correct_RN[first] & correct_RN[second], correct_RN[first] & ~correct_RN[second]
+        for (first, before_N), (second, after_N) in itertools.pairwise(zip(points, correct_RN, strict=True)):
+            right, wrong = ~before_N & after_N, before_N & ~after_N
             step = {
-                "from": points[first][0],
-                "to": points[second][0],
-                "alphas": [points[first][1], points[second][1]],
+                "from": first[0],
+                "to": second[0],
+                "alphas": [first[1], second[1]],
                 "right": int(right.sum()),
                 "wrong": int(wrong.sum()),
                 "classes_right": _most(labels_N[right], class_names),
@@ -205,12 +221,8 @@ def _most(labels: IntArray, class_names: Sequence[str]) -> list[list[Any]]:
     return [[names.get(label, f"class {label}"), count] for label, count in counts]
 
 
-def _reliability(view: Overview) -> list[dict[str, Any]]:
+def _reliability(spec: ObjectiveSpec, table: pa.Table, points: Sequence[Point]) -> list[dict[str, Any]]:
     """Returns the reliability diagrams of the best trial on ID and on all OOD images, at zero-shot, its alpha and 1."""
-    points, best = points_of_best(view), view.best
-    if best is None or not points:
-        return []
-    table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)
     found = []
     for role, names in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
         for name, alpha in points if names else ():
@@ -265,24 +277,15 @@ def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"label": "Validation sets, the search", "sets": [*keys], "rows": rows, "differences": differences[1:]}
 
 
-def points_of_best(view: Overview) -> list[Point]:
-    """Returns the points at which the best trial is compared with itself, by name; where it is at alpha 1, two."""
-    best = view.best
-    if best is None or not predictions_path(view.study_dir, best).exists():
-        return []
-    known = alphas(read_predictions(predictions_path(view.study_dir, best)), ID_SET)
-    wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
-    if wanted["chosen"] == wanted["fine-tuned"]:
-        del wanted["fine-tuned"]
-    return [(name, alpha) for name, alpha in wanted.items() if alpha in known]
-
-
-def changed_images(view: Overview, points: Sequence[Point], class_names: Sequence[str]) -> list[dict[str, Any]]:
+def changed_images(
+    view: Overview, table: pa.Table, points: Sequence[Point], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
     """Returns the images of the best trial whose answers change and of which there is a picture, by pattern.
 
     Args:
         view: The study; with ``evaluate.thumbnails: 0`` none is shown, whatever a training has kept.
-        points: Of ``points_of_best``.
+        table: Predictions of the best trial.
+        points: At which it is compared with itself.
         class_names: In label order.
 
     Returns:
@@ -299,7 +302,6 @@ def changed_images(view: Overview, points: Sequence[Point], class_names: Sequenc
     known: dict[str, dict[int, bytes]] = {}
     for row in pictures.to_pylist():
         known.setdefault(row["set"], {})[row["sample_id"]] = row["jpeg"]
-    table = read_predictions(predictions_path(view.study_dir, best))
     names = dict(enumerate(class_names))
     found: dict[str, dict[str, Any]] = {}
     for set_name in sets(table):
