@@ -399,20 +399,21 @@ def test_the_tables_are_files_of_csv_with_the_numbers_of_the_page(studies, here,
 
 
 BASELINES = {"zero-shot": (0.725, 0.575), "plain fine-tuning": (0.781, 0.491), "paper's setting": (0.774, 0.542)}
-ALONG = np.array(GRID)
-CURVE = Curve(GRID, 0.725 + 0.05 * ALONG, 0.575 + 0.05 * ALONG - 0.06 * ALONG**2, 0.4, 0.745, 0.585, 0.009, None)
-FLAT = Curve(GRID, [0.7] * 6, [0.6] * 6, 0.1, 0.7, 0.6, 0, 0)
-DOTS = [Dot(0.75 + 0.01 * k, 0.55 + 0.03 * (k % 3), 10 ** (k / 3 - 1)) for k in range(9)]
-WITHOUT_KL = [Dot(0.7, 0.6, None), Dot(0.8, 0.5, 0.0, meets=False)]
+CURVED = {alpha: (0.725 + 0.05 * alpha, 0.575 + 0.05 * alpha - 0.06 * alpha**2) for alpha in GRID}
+CURVE = Curve(CURVED, 0.4, (0.745, 0.585), (0.009, None))
+FLAT = Curve(dict.fromkeys(GRID, (0.7, 0.6)), 0.1, (0.7, 0.6), (0, 0))
+DOTS = [Dot((0.75 + 0.01 * k, 0.55 + 0.03 * (k % 3)), 10 ** (k / 3 - 1)) for k in range(9)]
+WITHOUT_KL = [Dot((0.7, 0.6), None), Dot((0.8, 0.5), 0.0, meets=False)]
+EXTREMES = [Dot((0, 0), 1e-3), Dot((1, 1), 1e3), Dot((np.nan, 0.5), 1)]
 
 
 @pytest.mark.parametrize(
     ("points", "baselines", "best", "kind"),
     [
         pytest.param(DOTS, BASELINES, CURVE, "harmonic", id="search"),
-        pytest.param([Dot(0.7, 0.6, 1.0)] * 5, {"zero-shot": (0.7, 0.6)}, FLAT, "worst_domain", id="identical"),
+        pytest.param([Dot((0.7, 0.6), 1.0)] * 5, {"zero-shot": (0.7, 0.6)}, FLAT, "worst_domain", id="identical"),
         pytest.param(WITHOUT_KL, BASELINES, None, "weighted_mean", id="no kl_weight"),
-        pytest.param([Dot(0, 0, 1e-3), Dot(1, 1, 1e3), Dot(np.nan, 0.5, 1)], {}, None, "weighted_mean", id="extremes"),
+        pytest.param(EXTREMES, {}, None, "weighted_mean", id="extremes"),
         pytest.param([], {}, None, "weighted_mean", id="nothing"),
     ],
 )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,9 +28,6 @@ from carft_ray.study.study import Study
 from carft_ray.study.training import TrialRow, result_of
 from carft_ray.words import counted
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 _ACCENT = "#d55e00"  # the best trial
 _MANY = 300  # dots above which they are small, and pixels in the SVG: each is some 300 bytes there
@@ -38,37 +35,25 @@ _LEGEND_COLUMNS = 4
 _BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
 Pair = tuple[float, float]
 _WIDTH, _HEIGHT, _DPI = 8.0, 6.0, 200  # inches; shown at 800 pixels one inch is 100 of them
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One trial at its chosen alpha; accuracies are fractions, ``ood_accuracy`` is the mean over the OOD sets."""
+    """One trial at its chosen alpha: ID accuracy and mean accuracy over the OOD sets, fractions."""
 
-    id_accuracy: float
-    ood_accuracy: float
+    pair: Pair
     kl_weight: float | None  # None or 0: drawn grey
     meets: bool = True  # all constraints; else it is drawn as a cross
-
-    @property
-    def pair(self) -> Pair:
-        """(ID accuracy, OOD accuracy)."""
-        return self.id_accuracy, self.ood_accuracy
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The alpha curve of the best trial, with its chosen point; errors are standard errors, None where not known."""
+    """The alpha curve of the best trial: its points by alpha, and the chosen one with its standard errors, if known."""
 
-    alphas: Sequence[float]
-    id_accuracies: Sequence[float]
-    ood_accuracies: Sequence[float]
-    chosen_alpha: float
-    chosen_id_accuracy: float
-    chosen_ood_accuracy: float
-    id_se: float | None = None
-    ood_se: float | None = None
+    points: Mapping[float, Pair]
+    alpha: float
+    chosen: Pair
+    errors: tuple[float | None, float | None] = (None, None)
 
 
 def id_ood_figure(
@@ -81,7 +66,7 @@ def id_ood_figure(
     kind: ObjectiveKind = "weighted_mean",
     id_weight: float = 0.5,
     front: Sequence[Pair] = (),
-) -> "Figure":
+) -> Figure:
     """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
 
     Args:
@@ -103,8 +88,7 @@ def id_ood_figure(
     marks = {name: pair for name, pair in baselines.items() if all(map(math.isfinite, pair))}
     shown = [*(dot.pair for dot in finite), *marks.values(), *front]
     if best_curve is not None:
-        shown += zip(best_curve.id_accuracies, best_curve.ood_accuracies, strict=True)
-        shown.append((best_curve.chosen_id_accuracy, best_curve.chosen_ood_accuracy))
+        shown += [*best_curve.points.values(), best_curve.chosen]
     if not shown:
         axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=GREY, fontsize=12)
     axes.set_xlim(*limits([x for x, _ in shown]))
@@ -127,16 +111,14 @@ def id_ood_figure(
     return figure
 
 
-def _scatter(axes: "Axes", pairs: Sequence[Pair], size: float, color: Any, zorder: int, **style: Any) -> Any:
+def _scatter(axes: Axes, pairs: Sequence[Pair], size: float, color: Any, zorder: int, **style: Any) -> Any:
     """Draws points given as fractions, in percent."""
     xs, ys = [100 * x for x, _ in pairs], [100 * y for _, y in pairs]
     return axes.scatter(xs, ys, s=size, c=color, zorder=zorder, **style)
 
 
-def canvas(height: float) -> tuple["Figure", "Axes"]:
+def canvas(height: float) -> tuple[Figure, Axes]:
     """Returns a figure 8 inches wide and its empty axes."""
-    from matplotlib.figure import Figure  # slow to import
-
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -147,7 +129,7 @@ def canvas(height: float) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def legend_above(axes: "Axes") -> int:
+def legend_above(axes: Axes) -> int:
     """Writes what has a label above the axes, side by side; returns the number of lines."""
     handles, names = axes.get_legend_handles_labels()
     if handles:
@@ -157,7 +139,7 @@ def legend_above(axes: "Axes") -> int:
     return math.ceil(len(handles) / _LEGEND_COLUMNS)
 
 
-def set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> None:
+def set_title(axes: Axes, title: str, synthetic: bool, pad: float = 10) -> None:
     """Writes the title ``pad`` points above the axes; it says when the images are synthetic."""
     text = f"{title} (synthetic images)" if synthetic else title
     axes.set_title(text, loc="left", fontsize=13, color=INK, pad=pad)
@@ -171,7 +153,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return max(-2.0, low - margin), min(102.0, high + margin)
 
 
-def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
+def _iso_lines(axes: Axes, kind: ObjectiveKind, id_weight: float) -> None:
     """Draws faint lines of equal objective and says what they are."""
     if kind == "worst_domain":  # not a function of the two axes
         return
@@ -184,13 +166,13 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
     _caption(axes, f"lines of equal objective, {name}")
 
 
-def _caption(axes: "Axes", text: str) -> None:
+def _caption(axes: Axes, text: str) -> None:
     """Says under the right end of the figure what its lines are."""
     place: dict[str, Any] = {"xytext": (0, -29), "xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(text, (1, 0), ha="right", va="center", color=GREY, fontsize=9, **place)
 
 
-def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
+def _draw_front(axes: Axes, front: Sequence[Pair]) -> None:
     """Draws the front as the edge of what its points dominate, and says what it is."""
     xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
     axes.step(xs, ys, where="pre", color=INK, linewidth=1.2, zorder=2)
@@ -198,7 +180,7 @@ def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
     _caption(axes, "line: the front over all trials and alphas")
 
 
-def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
+def _draw_dots(figure: Figure, axes: Axes, dots: Sequence[Dot]) -> None:
     from matplotlib.colors import LogNorm
 
     many = len(dots) > _MANY
@@ -223,28 +205,28 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_curve(axes: "Axes", curve: Curve) -> None:
+def _draw_curve(axes: Axes, curve: Curve) -> None:
     """Draws the alpha curve; the limits of the axes are final. A point that lies on another one has no number."""
     from matplotlib.patheffects import withStroke
 
-    xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
-    x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
-    x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
-    name = f"best trial, alpha {curve.chosen_alpha:g}"
+    xs, ys = 100 * np.array([*curve.points.values()], float).T
+    x, y = (100 * accuracy for accuracy in curve.chosen)
+    x_error, y_error = (100 * (error or 0.0) for error in curve.errors)
+    name = f"best trial, alpha {curve.alpha:g}"
     axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4, label=name)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
     edge = [withStroke(linewidth=2, foreground="white")]  # readable over lines
     style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "path_effects": edge}
     numbered = [axes.transLimits.transform((x, y))]
-    for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
+    for alpha, *point in zip(curve.points, xs, ys, strict=True):
         place = axes.transLimits.transform(point)  # share of the axes
         if all(math.dist(place, other) > 0.03 for other in numbered):
             axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), zorder=8, **style)
             numbered.append(place)
 
 
-def rendered(figure: "Figure", form: str) -> bytes:
+def rendered(figure: Figure, form: str) -> bytes:
     """Returns a figure as ``png`` or ``svg``: of the same study the same bytes each time."""
     from matplotlib import rc_context
 
@@ -254,7 +236,7 @@ def rendered(figure: "Figure", form: str) -> bytes:
     return buffer.getvalue()
 
 
-def write(figure: "Figure", *paths: Path) -> None:
+def write(figure: Figure, *paths: Path) -> None:
     """Writes a figure as PNG or SVG, by the ending of each path, whole or not at all.
 
     Raises:
@@ -294,9 +276,7 @@ def _draw(study: Study) -> None:
         write(figure, study.study_dir / FIGURE_PNG, study.study_dir / FIGURE_SVG)
 
 
-def study_figure(
-    recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], baselines: Sequence[TrialRow]
-) -> "Figure":
+def study_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], baselines: Sequence[TrialRow]) -> Figure:
     """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
 
     Args:
@@ -313,7 +293,7 @@ def study_figure(
         return row.metrics["id_accuracy"], row.metrics["ood_accuracy"]
 
     dots = [
-        Dot(*pair(row), row.values.get("kl_weight", recipe.train.kl_weight), meets=not row.violation)
+        Dot(pair(row), row.values.get("kl_weight", recipe.train.kl_weight), meets=not row.violation)
         for row in trials
         if "ood_accuracy" in row.metrics
     ]
@@ -342,13 +322,6 @@ def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
     ood = [name for name in variances if name != "id_val"]
     if not ood or "id_val" not in variances or any("ood_accuracy" not in point for point in points):
         return None
-    return Curve(
-        alphas=[point["alpha"] for point in points],
-        id_accuracies=[point["id_accuracy"] for point in points],
-        ood_accuracies=[point["ood_accuracy"] for point in points],
-        chosen_alpha=best.alpha or 0.0,
-        chosen_id_accuracy=metrics["id_accuracy"],
-        chosen_ood_accuracy=metrics["ood_accuracy"],
-        id_se=variances["id_val"] ** 0.5,
-        ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
-    )
+    errors = (variances["id_val"] ** 0.5, sum(variances[name] for name in ood) ** 0.5 / len(ood))
+    curve = {point["alpha"]: (point["id_accuracy"], point["ood_accuracy"]) for point in points}
+    return Curve(curve, best.alpha or 0.0, (metrics["id_accuracy"], metrics["ood_accuracy"]), errors)
