@@ -175,8 +175,8 @@ def one_study(rng: np.random.Generator, num_trials: int) -> dict[str, float]:
     confirmed = [answers(rng, of[i], images, c, shifts[i], SEED_SD) for i, c in enumerate(top)]
     intervals = [crossed(each, WEIGHTS) for each in confirmed]
     fresh = crossed(answers(rng, of[0], draw_images(rng, 1), 0, shifts[0], SEED_SD), WEIGHTS)
-    noise = ranking_noise(SPEC, [float(value) for value in values], correct, confirmed)
-    corrected = correct_best([float(value) for value in values], noise.variance).value
+    image, seed = ranking_noise(SPEC, [float(value) for value in values], correct, confirmed)
+    corrected = correct_best([float(value) for value in values], image + (seed or 0.0))["value"]
     half = 1.96 * math.sqrt(sum(w**2 * float(correct[name][top[0]].var()) / SIZES[name] for name, w in WEIGHTS.items()))
     naive, best = float(values[top[0]]), max(range(len(top)), key=lambda i: intervals[i].mean)
     here = [mean_on_these_images(accuracies, images, int(c), SEED_SD) for accuracies, c in zip(of, top, strict=True)]

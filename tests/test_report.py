@@ -80,9 +80,9 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
     spec, rows = objective_spec(view.recipe), [row for row in view.trials if row.outcome == "complete"]
     tables = [(read_predictions(row.place(view.study_dir) / PREDICTIONS), row.alpha) for row in rows]
     objectives = [row.objective for row in rows]
-    noise = ranking_noise(spec, objectives, {name: correct_matrix(tables, name) for name in spec.sets})
-    assert found["noise"]["image"] == pytest.approx(noise.variance)
-    assert found["corrected"]["value"] == correct_best(objectives, noise.variance).value
+    image, seed = ranking_noise(spec, objectives, {name: correct_matrix(tables, name) for name in spec.sets})
+    assert found["noise"] == {"image": pytest.approx(image), "seed": seed, "words": "image noise only"}
+    assert found["corrected"]["value"] == correct_best(objectives, image)["value"]
     assert (found["best"]["name"], found["headline"]["baseline"]) == (view.best.name, "fine_tuning")
     code, out, _ = run("report", view.study_dir)
     assert code == 0

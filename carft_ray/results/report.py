@@ -6,7 +6,6 @@ Everything is read from stored validation predictions; no test set is opened. Th
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,21 +129,22 @@ def _by_one_number(
     objectives = [row.objective or 0.0 for row in competing]
     again = confirmed(view.study_dir, spec)
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
-    noise = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
-    corrected = correct_best(objectives, noise.variance)
+    image, seed = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
+    corrected = correct_best(objectives, image + (seed or 0.0))
+    words = "image noise only" if seed is None else "image and seed noise"
     covered = "only the images. The bias from the seeds remains; a confirm measures it"
-    if noise.seed is not None:
+    if seed is not None:
         covered = (
             f"images and seeds, the latter from {counted(len(dict(again)), 'confirmed configuration')}. Both this "
             "and a confirm use the images used for selection; a test does not"
         )
     return (
-        {"noise": {**asdict(noise), "words": noise.words}, "corrected": asdict(corrected)},
+        {"noise": {"image": image, "seed": seed, "words": words}, "corrected": corrected},
         [
             f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
             f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
-            f"Corrected: {100 * corrected.value:.1f} %. The expected selection bias of the best of "
-            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected.optimism:.1f} points, from "
+            f"Corrected: {100 * corrected['value']:.1f} %. The expected selection bias of the best of "
+            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected['optimism']:.1f} points, from "
             f"{covered}.",
         ],
     )

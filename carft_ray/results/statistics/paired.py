@@ -17,7 +17,6 @@ Shape letters: N trials, r seeds, n images of one set. Accuracies are fractions;
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -223,52 +222,13 @@ def _optimism(
     return {"searched": searched, "value": searched - float(np.mean(own)), "se": se}
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Variance of one trial's objective as far as it is not shared by all trials.
-
-    Attributes:
-        image: sigma_img^2.
-        seed: sigma_seed^2; None before any configuration is confirmed.
-    """
-
-    image: float
-    seed: float | None
-
-    @property
-    def variance(self) -> float:
-        """sigma^2, the sum of what is known."""
-        return self.image + (self.seed or 0.0)
-
-    @property
-    def words(self) -> str:
-        """What the variance covers."""
-        return "image noise only" if self.seed is None else "image and seed noise"
-
-
-@dataclass(frozen=True)
-class Correction:
-    """The best objective, corrected for its selection.
-
-    Attributes:
-        value: ``corrected``: J_max - b.
-        optimism: b.
-        num_trials: N.
-        spread: v, mean of (J - m)^2 over the trials with J >= m, the median.
-        factor: B = max(0, 1 - sigma^2 / v), how much of a trial's distance from m is believed.
-    """
-
-    value: float
-    optimism: float
-    num_trials: int
-    spread: float
-    factor: float
-
-
 def ranking_noise(
     spec: ObjectiveSpec, objectives: Sequence[float], correct: ValuesBySet, confirmed: Sequence[ValuesBySet] = ()
-) -> Noise:
-    """Returns the noise that ranks trials of equal worth.
+) -> tuple[float, float | None]:
+    """Returns the noise that ranks trials of equal worth: (sigma_img^2, sigma_seed^2).
+
+    These are the parts of the variance of one trial's objective that are not shared by all trials; the second is None
+    before any configuration is confirmed.
 
     sigma_img^2 = sum_j w_j^2 MS_E_j / n_j with MS_E the residual of trials x images over the trials with J >= median
     (over all where these are fewer than two); the binomial variance would count luck that all trials share.
@@ -285,7 +245,7 @@ def ranking_noise(
     upper = upper if len(upper) > 1 else np.arange(len(values))
     image = residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in spec.sets})
     pooled = seed_variances(spec, confirmed)
-    return Noise(image, max(0.0, pooled[0] - pooled[1]) if pooled else None)
+    return image, max(0.0, pooled[0] - pooled[1]) if pooled else None
 
 
 def seed_variances(spec: ObjectiveSpec, confirmed: Iterable[ValuesBySet]) -> tuple[float, float] | None:
@@ -307,7 +267,7 @@ def seed_variances(spec: ObjectiveSpec, confirmed: Iterable[ValuesBySet]) -> tup
     return (total / dof, residual / dof) if dof else None
 
 
-def correct_best(objectives: Sequence[float], variance: float, num_draws: int = NUM_DRAWS, seed: int = 0) -> Correction:
+def correct_best(objectives: Sequence[float], variance: float, num_draws: int = NUM_DRAWS) -> dict[str, float]:
     """Returns the best objective minus the optimism that choosing it is expected to have.
 
     m = median J;  v = mean of (J - m)^2 over J >= m;  B = max(0, 1 - sigma^2 / v);  mu_i = m + B (J_i - m);
@@ -320,14 +280,18 @@ def correct_best(objectives: Sequence[float], variance: float, num_draws: int = 
         objectives: J of the completed trials, at least one.
         variance: sigma^2 (``ranking_noise``).
         num_draws: Of the simulation.
-        seed: Of the draws.
+
+    Returns:
+        ``value``, which is J_max - b, ``optimism`` b, ``num_trials`` N, ``spread`` v, and ``factor`` B: how much of a
+        trial's distance from m is believed.
     """
     values = np.asarray(objectives, np.float64)
     median = float(np.median(values))
     spread = float(np.mean((values[values >= median] - median) ** 2))
     factor = max(0.0, 1 - variance / spread) if spread > 0 else 0.0
     shrunk = median + factor * (values - median)
-    noise = math.sqrt(variance) * np.random.default_rng(seed).standard_normal((num_draws, len(values)))
+    noise = math.sqrt(variance) * np.random.default_rng(0).standard_normal((num_draws, len(values)))
     picks = (shrunk + noise).argmax(axis=1)
     optimism = max(0.0, float(noise[np.arange(num_draws), picks].mean()))  # below 0 by the draws alone
-    return Correction(float(values.max()) - optimism, optimism, len(values), spread, factor)
+    best = {"value": float(values.max()) - optimism, "optimism": optimism, "num_trials": len(values)}
+    return {**best, "spread": spread, "factor": factor}
