@@ -6,11 +6,9 @@ baselines are adjusted for their number (Holm), and decide what is shown. All in
 another baseline may exclude 0 although nothing is shown. Differences on single sets, and those to other configurations,
 have intervals and no p-values.
 
-
 The best of N noisy values is too high. ``correct_best`` says by how much: it shrinks the trials' values towards their
 median and simulates the choice (luck of images, and of seeds once some configurations are confirmed). Everything here
 reads validation results only.
-
 
 Shape letters: N trials, r seeds, n images of one set. Accuracies are fractions; text is in points (percent).
 """
