@@ -202,7 +202,7 @@ WRONG = [
     ("--from nowhere", 4, "nowhere: must be a folder that can be read"),
     ("--from tree --train foto", 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
     ("--from tree --to r.yaml --model ViT-B-33", 2, "--model: must be 'sandbox', 'local-dir:FOLDER'"),
-    ("--from tree --to r.yaml --model ViT-B-32", 2, "--pretrained: must name the weights"),
+    ("--from tree --to r.yaml --model ViT-B-32", 2, "--pretrained: is required for ViT-B-32"),
     ("--from tree --pretrained opnai", 2, "--pretrained: must be a tag of ViT-B-16-quickgelu, a weights"),
     ("--from tree --to tree", 2, "--to: must be a new file, but got tree"),
     ("--from tree --to r.yaml --train art --ood-val art", 2, "a domain has one role, and --train"),

@@ -30,7 +30,6 @@ from carft_ray.api.checks import (
     check_recipe,
     load_recipe,
     override_words,
-    require_trusted,
     several,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
@@ -39,6 +38,7 @@ from carft_ray.results.reading import study_view
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
 from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
+from carft_ray.training.own_function import require_trusted
 from carft_ray.ui import console
 
 if TYPE_CHECKING:

@@ -181,16 +181,3 @@ def override_words(overrides: Overrides) -> list[str]:
 def several(given: Sequence[Any] | Path) -> list[Any]:
     """Returns what stands in a list; a text or path by itself is the only one, not a list of its letters."""
     return [given] if isinstance(given, str | Path) else list(given)
-
-
-def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
-    """Imports the fine-tunings of the user's own that a recipe names, where ``--trust`` is given; nothing is written.
-
-    Raises:
-        UsageError: It is not given.
-        RecipeError: One cannot be imported.
-    """
-    if loading.own_functions(recipe, baselines):
-        from carft_ray.training.own_function import require_trusted
-
-        require_trusted(recipe, trusted, baselines)

@@ -203,7 +203,7 @@ def reproduce(
     if not trust_paths:
         require_written(finished.folder, finished.base, "reproduce {}")
     if not finished.is_zero_shot:
-        from carft_ray.api.checks import require_trusted
+        from carft_ray.training.own_function import require_trusted
 
         require_trusted(finished.recipe, trust, baselines=False)
     from carft_ray.results.reproduce import change_lines, difference_error, reproduce, sentence

@@ -108,8 +108,9 @@ def _checked(
     path: Path, overrides: Sequence[str], options: dict[str, Any], reads: Callable[[Path], object]
 ) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
-    from carft_ray.api.checks import read_recipe, require_trusted
+    from carft_ray.api.checks import read_recipe
     from carft_ray.recipe.rules import check_searchable, warnings
+    from carft_ray.training.own_function import require_trusted
 
     recipe = read_recipe(path, overrides, options["trust_paths"], reads)
     if not options["trust"]:  # with it, the job imports what the recipe names: it may be on the cluster alone

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
+from carft_ray.recipe.rules import model_problems
 from carft_ray.recipe.schema.model import LOCAL_DIR, ModelConfig, is_weights_path
 from carft_ray.untrusted import parse_json, read_text
 
@@ -57,17 +58,13 @@ def check_model(model: ModelConfig) -> list[Problem]:
             return []
         return [Problem("model.name", "hf-hub: needs the owner and the name of a page", repr(model.name))]
     if model.name == SANDBOX:
-        rule = "the sandbox has its own weights; leave the key out"
-        return [] if model.pretrained is None else [Problem("model.pretrained", rule, model.pretrained)]
+        return list(model_problems(model))
     name = model.name.replace("/", "-")
     if _open_clip().get_model_config(name) is None:
         rule = "must be 'sandbox', 'local-dir:FOLDER', 'hf-hub:OWNER/NAME' or a model name of open_clip"
         near = nearest(name, (SANDBOX, *_open_clip().list_models()))
         return [Problem("model.name", rule, repr(model.name), nearest=near)]
-    if model.pretrained is None:
-        rule = "must name the weights: a tag of open_clip, a weights file, or 'random' for untrained weights"
-        return [Problem("model.pretrained", rule, "nothing")]
-    return _check_pretrained(name, model.name, model.pretrained)
+    return list(model_problems(model)) or _check_pretrained(name, model.name, str(model.pretrained))
 
 
 def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]:

@@ -16,7 +16,7 @@ from carft_ray.recipe.messages import at, nearest_key, shown, train_problems, un
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.data import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, plain
 from carft_ray.recipe.schema.fields import Config, core_type
-from carft_ray.recipe.schema.model import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet
+from carft_ray.recipe.schema.model import CLASS_NAMES_RULE, TEMPLATES_RULE, ModelConfig, TemplateSet
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import (
     NOT_SEARCHABLE,
@@ -43,21 +43,21 @@ FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final on
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
-        *(_model, _sets, _classes, _prompts, _space, _alpha, _baselines, _constraints),
+        *(_sets, _classes, _prompts, _space, _alpha, _baselines, _constraints),
         *(_pruner, _resources, condition_problems, enqueue_problems, sampler_problems),
     )
-    return [problem for rule in rules for problem in rule(recipe)]
+    return [*model_problems(recipe.model), *(problem for rule in rules for problem in rule(recipe))]
 
 
-def _model(recipe: Recipe) -> Iterator[Problem]:
-    name, pretrained = recipe.model.name, recipe.model.pretrained
+def model_problems(model: ModelConfig) -> Iterator[Problem]:
+    """Finds weights that a kind of model must not be given, or needs."""
     path = ("model", "pretrained")
-    if name == "sandbox" and pretrained is not None:
+    if model.name == "sandbox" and model.pretrained is not None:
         rule = "must be left out for the sandbox, which has its own weights"
         step = "Remove it, or give the model that it belongs to as model.name."
-        yield at(path, rule, shown(pretrained), next_step=step)
-    if name != "sandbox" and ":" not in name and pretrained is None:
-        rule = f"is required for {name}: the weights to start from"
+        yield at(path, rule, shown(model.pretrained), next_step=step)
+    if model.name != "sandbox" and ":" not in model.name and model.pretrained is None:
+        rule = f"is required for {model.name}: the weights to start from"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
         yield at(path, rule, next_step=step)
 

@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.messages import train_problems
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
-from carft_ray.results.confirmation import read_plan
+from carft_ray.results.confirmation import read_plan, whole_rows
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines
@@ -199,8 +199,7 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
         top = sum(row.role != "baseline" for row in first.rows)
         twice = " --winner confirmed" if second is not None and first.winner == best else ""
-        complete = {row.name for row in view.confirmations if row.outcome == "complete"}
-        whole = {row.role for row in last.rows if complete >= {*last.names(row)}}
+        whole = {row.role for row, _ in whole_rows(last, view.confirmations)}
         if done and first.winner == best and "winner" not in whole:  # it has failed
             if "candidate" not in whole:
                 return []

@@ -319,10 +319,9 @@ def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
     Raises:
         NoSuccessfulTrialError: None of them was trained with all seeds.
     """
-    complete = complete_trainings(confirmations(study_dir))
     means = {
         row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, row))))
-        for row, trainings in whole_rows(stage, complete)
+        for row, trainings in whole_rows(stage, confirmations(study_dir))
         if row.role != "baseline"
     }
     if not means:
@@ -347,7 +346,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         StorageError: Predictions are damaged, or the summary cannot be written.
     """
     stage, spec, trained = second or first, objective_spec(recipe), confirmations(study_dir)
-    failed, whole = _failures(trained, stage), whole_rows(stage, complete_trainings(trained))
+    failed, whole = _failures(trained, stage), whole_rows(stage, trained)
     winner = next(row for row in stage.rows if row.role == "winner")
     if all(row != winner for row, _ in whole):
         step = "Confirm the next best: with --winner confirmed, it chooses among those that train."
@@ -388,13 +387,14 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def complete_trainings(rows: Sequence[TrialRow]) -> dict[str, TrialRow]:
-    """Returns the trainings with fresh seeds that are complete, by name."""
-    return {row.name: row for row in rows if row.outcome == "complete"}
+def whole_rows(stage: Stage, trainings: Sequence[TrialRow]) -> list[tuple[PlanRow, list[TrialRow]]]:
+    """Returns the rows of which all trainings are complete, with these by seed; the zero-shot model needs none.
 
-
-def whole_rows(stage: Stage, complete: Mapping[str, TrialRow]) -> list[tuple[PlanRow, list[TrialRow]]]:
-    """Returns the rows of which all trainings are complete, with these by seed; the zero-shot model needs none."""
+    Args:
+        stage: The comparison.
+        trainings: With fresh seeds, of the study.
+    """
+    complete = {row.name: row for row in trainings if row.outcome == "complete"}
     rows = [(row, stage.names(row)) for row in stage.rows]
     return [(row, [complete[name] for name in names]) for row, names in rows if all(name in complete for name in names)]
 

@@ -19,7 +19,7 @@ from carft_ray.evaluation.predictions import (
     sample_ids,
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
-from carft_ray.results.confirmation import complete_trainings, read_plan, row_correct, whole_rows
+from carft_ray.results.confirmation import read_plan, row_correct, whole_rows
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 from carft_ray.study.training import TrialRow, file_of
@@ -76,11 +76,11 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str,
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
     stages = [stage for stage in read_plan(study_dir) or () if stage is not None]
-    complete = complete_trainings(confirmations(study_dir)) if stages else {}
+    trained = confirmations(study_dir) if stages else []
     return [
         (row.name, row_correct(study_dir, spec, trainings, row))
         for stage in stages
-        for row, trainings in whole_rows(stage, complete)
+        for row, trainings in whole_rows(stage, trained)
         if row.role != "baseline"
     ]
 

@@ -30,7 +30,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import Stage, complete_trainings, last_stage, whole_rows
+from carft_ray.results.confirmation import Stage, last_stage, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
@@ -84,7 +84,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
     confirmed = read_compared(study_dir, CONFIRM) or {}
     failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
-    whole = [row for row, _ in whole_rows(stage, complete_trainings(confirmations(study_dir)))]
+    whole = [row for row, _ in whole_rows(stage, confirmations(study_dir))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
     if unfinished or not has_winner or confirmed.get("seeds") != list(stage.seeds):

@@ -256,16 +256,6 @@ def search_began(study_dir: Path) -> float | None:
         return None
 
 
-def find_training(overview: Overview, written: str) -> TrialRow:
-    """Returns the trial, baseline or training of a confirm that a user means.
-
-    Raises:
-        UsageError: There is no such trial.
-    """
-    rows = [row for row in overview.confirmations if row.name == written]  # these have no numbers to be called by
-    return rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
-
-
 def read_log(study_dir: Path, training: str) -> list[str] | None:
     """Returns the lines of a log, or None when there is none yet.
 
