@@ -3,7 +3,7 @@
 The whole sequence that a user would run, by the command line:
 
     search    the recipe: CAR-FT
-    search    the same with ``kl_weight`` 0, which its space then leaves out: plain fine-tuning, an equal budget
+    search    the same with all penalties 0, which its space then leaves out: plain fine-tuning, an equal budget
     confirm   the winner, the winner of plain fine-tuning, and the baselines, each with five fresh seeds
     test      all of them on id_test and ood_test, once, at the alphas that validation chose
 
@@ -23,6 +23,7 @@ from carft_ray import files
 from carft_ray.errors import Problem, UsageError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import PENALTIES
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SEEDS = 5
@@ -75,9 +76,10 @@ def plain_settings(recipe: Recipe, path: Path) -> list[str]:
     """Returns the settings that make the recipe one of plain fine-tuning.
 
     Raises:
-        UsageError: The recipe has no test sets, or its space nothing but ``kl_weight``.
+        UsageError: The recipe has no test sets, or its space nothing but penalties.
     """
-    space = {name: part.model_dump(mode="json") for name, part in recipe.search.space.items() if name != "kl_weight"}
+    searched = recipe.search.space
+    space = {name: part.model_dump(mode="json") for name, part in searched.items() if name not in PENALTIES}
     problems = []
     if not space:
         problems.append(Problem(f"{path}: search.space", "must have a parameter beside kl_weight", "none"))
@@ -85,7 +87,8 @@ def plain_settings(recipe: Recipe, path: Path) -> list[str]:
         problems.append(Problem(f"{path}: data.id_test", "must be a set: this benchmark reads test sets", "none"))
     if problems:
         raise UsageError(problems)
-    return ["name=plain", "train.kl_weight=0", f"search.space={json.dumps(space)}", "search.baselines={}"]
+    zeros = (f"train.{name}=0" for name in PENALTIES)
+    return ["name=plain", *zeros, f"search.space={json.dumps(space)}", "search.baselines={}"]
 
 
 def markdown(summary: Mapping[str, Any]) -> list[str]:

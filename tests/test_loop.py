@@ -25,11 +25,12 @@ from carft_ray.model.classifier import build_classifier, normalised
 from carft_ray.model.device import compute_dtype, precision_words, set_up
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schedule import num_warmup_steps
-from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
 from carft_ray.training.loop import StoppedRun, _views, fine_tune
 from carft_ray.training.losses import Loss, context_distribution, context_entropy, context_kl
 from carft_ray.training.optimizer import learning_rate_at
+from carft_ray.training.penalties import Reference
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
@@ -106,8 +107,8 @@ def test_the_gradient_is_that_of_cross_entropy_and_weighted_kl_which_is_zero_at_
     for weight, log_p0 in ((0.0, None), (1.0, zero_shot), (100.0, zero_shot), (3.0, zero_shot.roll(1, 0))):
         model.zero_grad()
         loss = Loss(heads64[1], clip64.logit_scale, settings(kl_weight=weight, precision="fp64"))
-        targets = None if log_p0 is None else log_p0.exp()
-        _, kl, _ = loss.backward(model, pixels, labels, targets, 1 / len(labels))
+        reference = Reference(None if log_p0 is None else log_p0.exp())
+        _, kl, _ = loss.backward(model, pixels, labels, reference, 1 / len(labels))
         found = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert (abs(kl.item()) <= 1e-12) == (weight != 3.0)
         model.zero_grad()
@@ -291,8 +292,9 @@ class Copies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source):
-    values = {"ema_decay": 0.9, "lora_rank": 2, "micro_batch": 3}
+@pytest.mark.parametrize("penalties", [(), PENALTIES])
+def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source, penalties):
+    values = {"ema_decay": 0.9, "lora_rank": 2, "micro_batch": 3, **dict.fromkeys(penalties, 0.1)}
     with Copies() as copied:
         assert float(torch.ones(())) == 1.0
         fine_tune(tiny_clip, *heads, source, settings(batch_size=4, epochs=2, **values))  # 20 steps

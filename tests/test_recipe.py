@@ -62,6 +62,8 @@ BAD = [
     # unknown keys
     ("nmae: x", ":9: nmae: unknown key; did you mean 'name'? (allowed: format_version, name, model, data, "),
     ("learning_rate: 1", ":9: learning_rate: unknown key; did you mean 'train.learning_rate'? (allowed: "),
+    ("train: {l2_weight: 1}", ":9: train.l2_weight: unknown key; did you mean 'l2_sp_weight'? (allowed: learning_"),
+    ("search: {space: {lipsum_weight: {low: 0, high: 1}}}", "\"lipsum_weight\"; did you mean 'text_weight'? (allowed"),
     # types
     ("train: {learning_rate: '1e-4'}", ':9: train.learning_rate: must be a number, but got "1e-4"'),
     ("train: {epochs: 2.0}", ":9: train.epochs: must be a whole number, but got 2.0"),
@@ -72,6 +74,7 @@ BAD = [
     ("train: {learning_rate: 0}", ":9: train.learning_rate: must be greater than 0, but got 0"),
     ("train: {learning_rate: .inf}", ":9: train.learning_rate: must be a finite number, but got .inf"),
     ("train: {kl_weight: -1}", ":9: train.kl_weight: must be at least 0, but got -1"),
+    ("train: {penalty_schedule: linear}", f"{ONE_OF}\"linear\"; did you mean 'linear_to_zero'? (allowed: constant, "),
     ("train: {alpha: 1.5}", ":9: train.alpha: must be at most 1, but got 1.5"),
     # words
     ("train: {decay: matrix}", f":9: train.decay: {ONE_OF}\"matrix\"; did you mean 'matrices'? (allowed: all, "),
@@ -315,6 +318,8 @@ def test_a_wrong_option_is_told_with_the_option_as_its_place(tmp_path, option, w
 
 
 NO_EFFECT = "has no effect: "
+UNWEIGHTED = NO_EFFECT + "kl_weight, class_kl_weight, feature_weight, text_weight are 0"
+NOT_PLAIN = "search.baselines.fine_tuning is not plain fine-tuning: add"
 WEAK = "search.pruner is weakly informative: a training has "
 WARNINGS = [
     ("budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}", f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_w"),
@@ -322,6 +327,14 @@ WARNINGS = [
     ("  resize_short_side: 8", f"data.resize_short_side {NO_EFFECT}the images of data.train are drawn and kept"),
     ("train: {kl_weight: 0, context_scale: 9}", f"train.context_scale {NO_EFFECT}kl_weight is 0"),
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
+    (
+        "train: {kl_weight: 0, l2_sp_weight: 1, penalty_schedule: linear_to_zero}",
+        f"train.penalty_schedule {UNWEIGHTED}",
+    ),
+    ("train: {kl_weight: 0, text_weight: 1, penalty_schedule: linear_to_zero}", None),
+    ("train: {text_weight: 1}\nsearch: {baselines: {fine_tuning: {kl_weight: 0}}}", f"{NOT_PLAIN} text_weight: 0"),
+    ("train: {text_weight: 1}\nsearch: {baselines: {fine_tuning: {kl_weight: 0, text_weight: 0}}}", None),
+    ("search: {baselines: {fine_tuning: {learning_rate: 1e-5}}}", f"{NOT_PLAIN} kl_weight: 0"),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),
     ("train: {decay: matrices, weight_decay: 0}", f"train.decay {NO_EFFECT}weight_decay is 0"),
     ("train: {decay: matrices, weight_decay: 0}\nsearch: {space: {weight_decay: {low: 0, high: 1}}}", None),

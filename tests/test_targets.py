@@ -178,9 +178,12 @@ STEPS = {"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}}
 CHOICES = {"crop_scale": {"choices": [0.5, 0.9]}}
 OWN = {"one": {"crop_scale": 0.4}, "two": {"crop_scale": 0.4, "learning_rate": 1e-5}, "plain": {"kl_weight": 0.0}}
 SEEDS = [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8, "kl_weight": 0.0}]  # of a confirm
-STORED, ONLINE = (
+FEATURES = {"feature_weight": {"low": 1.0, "high": 9.0}}
+DISTILLED = {f"kd_{index}": {"class_kl_weight": 1.0, "learning_rate": 10.0**-index} for index in (4, 5)}
+STORED, ONLINE, EACH_BATCH = (
     "stored, the first training that needs them keeps them",
     "online, since no two trainings have the same seed, ",
+    "online, since the penalties run the frozen model on each batch",
 )
 
 
@@ -200,6 +203,11 @@ STORED, ONLINE = (
         (recipe_of(), SEEDS[2:], "", 2),
         (recipe_of(1, OWN, "online"), None, "", 0),
         (recipe_of(1, OWN, "stored"), None, "", 2),
+        (recipe_of(space=FEATURES), None, EACH_BATCH, 0),
+        (recipe_of(space=FEATURES, targets="stored"), None, EACH_BATCH, 0),
+        (recipe_of(6, OWN, space=FEATURES), None, STORED, 2),
+        (recipe_of(1, DISTILLED), [{"seed": 7, "text_weight": 1.0, "kl_weight": 0.0}], EACH_BATCH, 0),
+        (recipe_of(1, DISTILLED), None, ONLINE, 0),
     ],
 )
 def test_trainings_share_their_targets_where_two_have_the_same(recipe, trainings, said, num_visits):

@@ -7,8 +7,8 @@ Layout, for all uses in this package (words are 32 bits, low word first)::
 
     key      0, 1   seed
     counter  0      stream * 2**16 + block      stream says what for, block numbers the draws of one item
-             1      visit of the sample, epoch of the permutation, or CRC-32 of the corruption's name
-             2, 3   sample id, or position in the unshuffled set
+             1      visit of the sample, epoch of the permutation, CRC-32 of the corruption's name, or step
+             2, 3   sample id, position in the unshuffled set, or number of the text
 
 Two uses share no words because they differ in ``stream``. A new use takes a new stream number and never changes an
 old one: order and views of a recipe must stay what they were.
@@ -22,6 +22,7 @@ WordArray = npt.NDArray[np.uint32]
 STREAM_PERMUTATION = 1
 STREAM_VIEW = 2
 STREAM_CORRUPTION = 3
+STREAM_TEXT = 4
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio; sqrt(3) - 1

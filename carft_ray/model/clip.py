@@ -7,10 +7,12 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
@@ -18,8 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from carft_ray.data.sandbox import CLASSES, TEMPLATES
 from carft_ray.errors import DataError, Problem
-from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
+from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, SANDBOX, has_tokenizer
 from carft_ray.model.pretrained import PREPROCESSING, Opened, fetched, open_model, preprocess_config
 from carft_ray.model.weights_files import quiet
 from carft_ray.recipe.schema.model import ModelConfig
@@ -46,6 +49,7 @@ class Clip:
             A shift of all logits that a sigmoid loss has learned (SigLIP) is left out: it changes no softmax.
         config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
         weights_hash: Hash of all weights, 16 hex digits.
+        captions: Sentences that hold the tokens on which the text tower was trained; empty: it knows all tokens.
     """
 
     model: nn.Module
@@ -58,6 +62,7 @@ class Clip:
     logit_scale: float
     config: dict[str, Any]
     weights_hash: str
+    captions: tuple[str, ...] = ()
 
 
 def load_clip(part: ModelConfig) -> Clip:
@@ -71,7 +76,10 @@ def load_clip(part: ModelConfig) -> Clip:
         DataError: The weights or the tokenizer cannot be downloaded, read or loaded into the model.
     """
     opened = open_model(part)
-    return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
+    clip = wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
+    if part.name != SANDBOX:
+        return clip
+    return replace(clip, captions=tuple(template.format(name) for template in TEMPLATES for name in CLASSES))
 
 
 def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:
@@ -156,6 +164,15 @@ def tokenizer_hash(clip: Clip) -> str:
             for path in sorted(Path(folder).rglob("*")):
                 digest.update(f"{path.name} ".encode() + (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()
+
+
+def known_tokens(clip: Clip) -> npt.NDArray[np.int64]:
+    """Returns the ids of the tokens on which a text tower was trained, those of start, end and filling among them."""
+    if clip.captions:
+        return np.unique(clip.tokenizer(list(clip.captions)).numpy())
+    inner = getattr(clip.tokenizer, "tokenizer", clip.tokenizer)  # Hugging Face's within open_clip's
+    sizes = (open_clip.get_model_tokenize_cfg(clip.model).get("vocab_size"), getattr(inner, "vocab_size", None))
+    return np.arange(min(filter(None, sizes)))
 
 
 def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:

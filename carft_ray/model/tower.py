@@ -192,13 +192,14 @@ def _frozen(visual: nn.Module, train: TrainConfig) -> list[str]:
     return list(itertools.chain(*layer_groups(visual)[: train.freeze_layers])) if train.freeze_layers else []
 
 
-def training_bytes(num_weights: int, num_trained: int, has_average: bool = False) -> int:
+def training_bytes(num_weights: int, num_trained: int, train: TrainConfig) -> int:
     """Returns the memory of a training without activations, in float32.
 
     The weights of the tower and of the frozen one; for every weight that trains its gradient and the two moments of
-    AdamW, and where there is one its average.
+    AdamW, its average if there is one, and its start with L2-SP.
     """
-    return 4 * (2 * num_weights + (4 if has_average else 3) * num_trained)
+    copies = 3 + (train.ema_decay is not None) + (train.l2_sp_weight > 0 and train.lora_rank is None)
+    return 4 * (2 * num_weights + copies * num_trained)
 
 
 def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:

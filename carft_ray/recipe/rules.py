@@ -27,13 +27,14 @@ from carft_ray.recipe.schema.search import (
     Parameter,
     QmcSampler,
 )
-from carft_ray.recipe.schema.train import TrainConfig, field_kind
+from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig, field_kind
 from carft_ray.recipe.space import condition_problems, enqueue_problems, grid_size, num_values
 from carft_ray.recipe.yaml import KeyPath, dotted
 from carft_ray.words import counted
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.templates))
+OF_PENALTIES = ("penalty_schedule",)  # without effect if nothing in ``SCHEDULED`` has a weight
 LARGEST_POPULATION = 50  # Optuna's default
 # what a sampler does with conditional parameters; all of them learn nothing from a pruned trial
 UNLEARNED = {"gp": "not modelled", "nsga2": "not inherited"}
@@ -329,6 +330,13 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"train.{name}", f"has no effect: {of} is {shown(value)}"
         if always(of, value) and name in space:
             yield f"search.space.{name}", f"has no effect: {of} is {shown(value)}"
+    if all(always(name, 0) for name in SCHEDULED):
+        for key in [f"train.{name}" for name in OF_PENALTIES if _is_changed(train, name)]:
+            yield key, f"has no effect: {', '.join(SCHEDULED)} are 0"
+    if (plain_values := search.baselines.get("fine_tuning")) is not None and train.function is None:
+        for name in PENALTIES:
+            if plain_values.get(name, getattr(train, name)):
+                yield "search.baselines.fine_tuning", f"is not plain fine-tuning: add {name}: 0"
     if isinstance(templates, tuple) and len(templates) == 1 and not always("kl_weight", 0):
         yield "train.kl_weight", "has no effect: with one template the KL term is always 0"
     if train.decay != "all" and always("weight_decay", 0):

@@ -20,7 +20,7 @@ from carft_ray.errors import Problem, RecipeError
 from carft_ray.recipe.messages import at, nearest_key, problems_in, shown, unlisted
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import SEARCHABLE, CategoricalParameter, IntParameter, Parameter, decimal
-from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.schema.train import FEATURE_TERMS, TrainConfig
 from carft_ray.recipe.yaml import KeyPath
 
 TOLERANCE = Decimal("1e-8")  # of a step, by which a drawn value may miss the grid; Optuna's own
@@ -260,7 +260,9 @@ def _unfit(place: KeyPath, parameter: Parameter, value: Any) -> Problem:
 
 
 def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None = None) -> tuple[Recipe, str]:
-    """Resolves ``resources.targets: auto``: ``stored`` where trainings share targets, else ``online``.
+    """Resolves ``resources.targets``: ``auto`` is ``stored`` where trainings share targets, else ``online``.
+
+    Where no training could store any (``TrainConfig.shares_targets``), ``stored`` becomes ``online``, too.
 
     Args:
         recipe: The recipe of a study.
@@ -268,22 +270,29 @@ def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None
             expected to share where there are twice as many as combinations of values.
 
     Returns:
-        The recipe, and a line that says what was decided; no line where it was given, or nothing has a KL term.
+        The recipe, and a line that says what was decided; no line where it was given, or nothing needs a target.
     """
-    if recipe.resources.targets != "auto":
+    asked, space = recipe.resources.targets, recipe.search.space
+    if asked == "online":
         return recipe, ""
     given = recipe.search.baselines.values() if trainings is None else trainings
     known = [apply(recipe, values).train for values in given]
-    views = [tuple(getattr(train, name) for name in VIEW_FIELDS) for train in known if train.kl_weight]
-    trials_have_kl = trainings is None and (recipe.train.kl_weight > 0 or "kl_weight" in recipe.search.space)
-    if not views and not trials_have_kl:
+    views = [tuple(getattr(train, name) for name in VIEW_FIELDS) for train in known if train.shares_targets]
+    more = recipe.train.feature_terms or any(f"{name}_weight" in space for name in FEATURE_TERMS)
+    trials_have_kl = trainings is None and (recipe.train.kl_weight > 0 or "kl_weight" in space)
+    trials_share = trials_have_kl and not more
+    if not views and not trials_share:
+        if not any(train.compares_models for train in known) and not (trainings is None and (trials_have_kl or more)):
+            return recipe, ""
+        mode, why = "online", "since the penalties run the frozen model on each batch"
+    elif asked == "stored":
         return recipe, ""
-    is_shared = len({*views}) < len(views) or (trials_have_kl and num_trials(recipe) >= 2 * num_views(recipe))
-    mode = "stored" if is_shared else "online"
-    decided = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"targets": mode})})
-    if is_shared:
-        return decided, "resources.targets: stored, the first training that needs them keeps them for later ones"
-    return decided, f"resources.targets: online, since no two trainings have the same {', '.join(VIEW_FIELDS)}"
+    elif len({*views}) < len(views) or (trials_share and num_trials(recipe) >= 2 * num_views(recipe)):
+        mode, why = "stored", "the first training that needs them keeps them for later ones"
+    else:
+        mode, why = "online", f"since no two trainings have the same {', '.join(VIEW_FIELDS)}"
+    resources = recipe.resources.model_copy(update={"targets": mode})
+    return recipe.model_copy(update={"resources": resources}), f"resources.targets: {mode}, {why}"
 
 
 def num_views(recipe: Recipe) -> float:

@@ -261,7 +261,7 @@ def _check_model(
     impossible = recipe_problems(visual, recipe)
     found.fail(impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
-    needed_gb = round(training_bytes(weights, trained, recipe.train.ema_decay is not None) / 1e9, 2)
+    needed_gb = round(training_bytes(weights, trained, recipe.train) / 1e9, 2)
     if precision := precision_words(recipe.train, device_of(recipe)):
         found.add("note", "train.precision", precision)
     found.model = {

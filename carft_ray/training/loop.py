@@ -1,6 +1,6 @@
 """The training loop of CAR-FT. It knows nothing of Ray: ranks, reports and stopping come through ``RunContext``.
 
-The loss is that of ``losses.py``; with ``kl_weight`` 0 the frozen model is never run and the loop is plain fine-tuning.
+The loss is that of ``losses.py``; without a penalty the frozen model is never run and the loop is plain fine-tuning.
 
 Shape letters: B images, C classes, T contexts, D embedding width, S side of an image.
 """
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import update_average
 from carft_ray.model.tower import compile_tower, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
-from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import prefetch
 from carft_ray.training.checkpoint import (
     Checkpoint,
@@ -41,6 +41,7 @@ from carft_ray.training.checkpoint import (
 from carft_ray.training.losses import Loss
 from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.training.out_of_memory import micro_batch_of
+from carft_ray.training.penalties import Anchor, share_at
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import BLOCK, Part, Targets
@@ -98,6 +99,7 @@ class _Learner:
     train: TrainConfig
     context: RunContext
     writer: CheckpointWriter
+    anchor: Anchor | None = None  # of L2-SP
     step: int = 0
     saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
@@ -110,21 +112,25 @@ class _Learner:
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
 
-    def update(self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
-        """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
+    def update(
+        self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int, share: float
+    ) -> Tensor:
+        """Makes one step; returns the sums of ``Loss.backward``, that of L2-SP if any, and the norm of the gradient."""
         batch_size = batch.size
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
-            target_BT = targets.of(batch.parts, batch.pixels_BHWC)
-            sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
-            grad_norm = clip_gradients(self.parameters, self.train.clip_norm)
+            reference = targets.of(batch.parts, batch.pixels_BHWC, self.step)
+            sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, reference, factor, share)
+            of_step = [] if self.anchor is None else [self.anchor.pull()]
+            of_step.append(clip_gradients(self.parameters, self.train.clip_norm))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.train.ema_decay is not None:
             weights = self.weights or trained_weights(self.classifier)
             update_average(self.average, weights, self.train.ema_decay, self.step)
-        return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
+        each_image = (value * batch_size / self.context.world_size for value in of_step)
+        return torch.cat([sums, *(value.double().view(1) for value in each_image)])
 
     def save(self) -> None:
         """Copies what a checkpoint holds, which is written beside the next steps."""
@@ -249,10 +255,11 @@ def fine_tune(
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
     optimizer = build_optimizer(classifier, train)  # first: it freezes a head that does not train
+    anchor = Anchor(classifier.visual, train.l2_sp_weight) if train.l2_sp_weight else None
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
     writer = CheckpointWriter(checkpoint_dir if context.rank == 0 else None, attempt)
-    learner = _Learner(classifier, optimizer, average, train, context, writer)
+    learner = _Learner(classifier, optimizer, average, train, context, writer, anchor)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
     micro_batch = micro_batch_of(train, context.world_size)
@@ -261,7 +268,8 @@ def fine_tune(
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
-    with Targets(clip, context_head_TD, source, train, device, target_store, micro_batch) as targets, writer:
+    given = clip, context_head_TD, source, train, device, target_store, micro_batch, class_head_CD
+    with Targets(*given) as targets, writer:
         _train(learner, model, targets, on_epoch, num_threads)
     return learner.state()
 
@@ -273,18 +281,22 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
     steps_per_epoch = math.ceil(len(source) / train.batch_size)
     num_steps = train.epochs * steps_per_epoch
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
-    window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
+    names = (*loss.names, *(("l2_sp",) if train.l2_sp_weight else ()), "grad_norm")
+    window = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # sums; and times their share in the loss
+    window_images, clock = 0, time.perf_counter()
     for batch in _views(targets, train, context, learner.step, num_threads):
         learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
         set_learning_rate(learner.optimizer, learning_rate)
-        window += learner.update(loss, targets, model, batch, num_steps)
+        share = share_at(train, learner.step, num_steps)
+        sums = learner.update(loss, targets, model, batch, num_steps, share)
+        window += torch.stack([sums, share * sums])
         window_images += batch.size
 
         step = learner.step
         ends_epoch = step % steps_per_epoch == 0
         if step % LOG_EVERY and not ends_epoch:
             continue
-        values = _means_of_window(window, window_images, train.kl_weight, context)
+        values = _means_of_window(window, window_images, names, train, context)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             found = f"loss {values['loss']:.4g}; gradient {values['grad_norm']:.4g}"
             rule = "loss and norm of the gradient must stay finite"
@@ -348,13 +360,17 @@ def _views(
                 yield Batch(epoch, indices, size, blocks, *prefetch.arrived(uploaded))
 
 
-def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:
-    """Returns the means over the images that all workers saw since the last row of progress."""
+def _means_of_window(
+    window: Tensor, num_images: int, names: Sequence[str], train: TrainConfig, context: RunContext
+) -> dict[str, float]:
+    """Returns the means over the images that all workers saw since the last row of progress, with that of the loss."""
     window = window.clone()
     if context.world_size > 1:
         dist.all_reduce(window)
-    ce, kl, entropy, grad_norm = (window / num_images).tolist()
-    return {"loss": ce + kl_weight * kl, "ce": ce, "kl": kl, "context_entropy": entropy, "grad_norm": grad_norm}
+    means, scheduled = (dict(zip(names, row, strict=True)) for row in (window / num_images).tolist())
+    in_loss = {**scheduled, "l2_sp": means.get("l2_sp", 0.0)}  # which has no schedule
+    terms = (getattr(train, name) * in_loss.get(name.removesuffix("_weight"), 0.0) for name in PENALTIES)
+    return {"loss": sum(terms, start=means["ce"]), **means}
 
 
 def _asked(learner: _Learner, ends_epoch: bool) -> int:

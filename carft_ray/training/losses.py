@@ -1,9 +1,9 @@
-"""The loss of CAR-FT.
+"""The loss of CAR-FT; ``penalties`` has the other terms.
 
     loss = 1/B * sum_b CE(class_logits[b], y[b]) + kl_weight * 1/B * sum_b KL(p0[b] || p[b])       B: the global batch
 
 Sums over samples are divided by the size of the global batch, so the gradient is the same for any split into workers
-and micro-batches. With ``kl_weight`` 0 the frozen model never runs and the loss is that of plain fine-tuning. Source of
+and micro-batches. With all weights 0 the frozen model never runs and the loss is that of plain fine-tuning. Source of
 the KL term: CAR-FT, arXiv 2211.16175 (the abstract); the formula is written out here:
 
     z[b, t] = s * <f[b], context_head[t]>        p = softmax over t        f normalised, float32 or wider
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.model.classifier import at_least_float32
 from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.training.penalties import Reference, feature_sums
 
 
 def context_distribution(features_BD: Tensor, context_head_TD: Tensor, logit_scale: float) -> Tensor:
@@ -70,46 +71,62 @@ class Loss:
     context_scale: float
     train: TrainConfig
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What ``backward`` sums."""
+        return ("ce", "kl", "context_entropy", *self.train.feature_terms)
+
     def backward(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, zero_shot_BT: Tensor | None, factor: float
+        self,
+        model: nn.Module,
+        pixels_BHWC: Tensor,
+        labels_B: Tensor,
+        reference: Reference,
+        factor: float,
+        share: float = 1.0,
     ) -> Tensor:
-        """Adds the gradient of this part; returns its sums of CE, KL and context entropy, float64 [3].
+        """Adds the gradient of this part; returns its sums (``names``), float64, with neither weight nor share.
 
         Args:
             model: Gives embeddings and class logits.
             pixels_BHWC: Views, uint8.
             labels_B: Of the images.
-            zero_shot_BT: The frozen model's context probabilities for these views (``targets``), in any precision;
-                None: plain fine-tuning.
+            reference: The frozen model's answers to these views (``targets``).
             factor: Number of workers / size of the global batch: the workers' gradients are averaged by
                 ``DistributedDataParallel``, so the number of workers makes that the sum over the batch that is wanted.
+            share: Of all penalties (``penalties.share_at``).
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=labels_B.device)
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=labels_B.device)
         micro_batch = self.train.micro_batch or max(len(labels_B), 1)
         starts = range(0, max(len(labels_B), 1), micro_batch)
         for start in starts:
             part = slice(start, start + micro_batch)
             waits = isinstance(model, DistributedDataParallel) and start != starts[-1]
             with model.no_sync() if waits else nullcontext():  # type: ignore[operator]  # waits: it is a DDP
-                p0_BT = None if zero_shot_BT is None else zero_shot_BT[part]
-                loss_sum, values = self._sums(model, pixels_BHWC[part], labels_B[part], p0_BT)
+                loss_sum, values = self._sums(model, pixels_BHWC[part], labels_B[part], reference.part(part), share)
                 (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
             sums += values
         return sums
 
     def _sums(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, zero_shot_BT: Tensor | None
+        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, reference: Reference, share: float
     ) -> tuple[Tensor, Tensor]:
         if len(labels_B) == 0:  # a last batch with fewer images than workers: take part with gradient 0
             blank_BHWC = pixels_BHWC.new_zeros(1, *pixels_BHWC.shape[1:])
-            return model(blank_BHWC)[1].sum() * 0, torch.zeros(3, dtype=torch.float64, device=pixels_BHWC.device)
+            none = torch.zeros(len(self.names), dtype=torch.float64, device=pixels_BHWC.device)
+            return model(blank_BHWC)[1].sum() * 0, none
         features_BD, logits_BC = model(pixels_BHWC)
         ce = functional.cross_entropy(logits_BC, labels_B, reduction="sum", label_smoothing=self.train.label_smoothing)
+        zero_shot_BT = reference.contexts_BT
         with torch.set_grad_enabled(zero_shot_BT is not None):
             log_p_BT = context_distribution(features_BD, self.context_head_TD, self.context_scale)
         kl = torch.zeros_like(ce)
         if zero_shot_BT is not None:
             kl = context_kl(log_p_BT, zero_shot_BT, log_target=False).sum()
         entropy = context_entropy(log_p_BT.detach()) * len(labels_B)
-        values = torch.stack([value.detach().double() for value in (ce, kl, entropy)])
-        return (ce if zero_shot_BT is None else ce + self.train.kl_weight * kl), values
+        others = feature_sums(self.train, features_BD, logits_BC, reference)
+        values = torch.stack([value.detach().double() for value in (ce, kl, entropy, *others)])
+        loss = ce if zero_shot_BT is None else ce + share * self.train.kl_weight * kl
+        for name, value in zip(self.train.feature_terms, others, strict=True):
+            loss = loss + share * getattr(self.train, f"{name}_weight") * value
+        return loss, values

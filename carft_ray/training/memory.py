@@ -49,8 +49,8 @@ def step_memory(clip: Clip, train: TrainConfig, class_head_CD: Tensor, device: t
 
     Args:
         clip: The model.
-        train: Its precision, and what shapes a tower; batch and micro-batch do not count. With ``kl_weight`` above 0
-            the frozen tower takes part, as if targets are not stored.
+        train: Its precision, and what shapes a tower; batch and micro-batch do not count. With a penalty
+            that needs the frozen tower it takes part, as if targets are not stored.
         class_head_CD: Its form counts, [C, D].
         device: Where the passes run, with one copy of the weights.
 
@@ -72,7 +72,7 @@ def step_memory(clip: Clip, train: TrainConfig, class_head_CD: Tensor, device: t
     gradient = max(Counter(many) - Counter(few), default=0) / MANY  # of the largest activation, beside all of them
     sizes = [(each.nbytes // 4, each.requires_grad) for each in classifier.parameters()]  # as numbers of fp32
     weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    least = training_bytes(weights, trained, train.ema_decay is not None) - (0 if train.kl_weight else 4 * weights)
+    least = training_bytes(weights, trained, train) - (0 if train.compares_models else 4 * weights)
     return StepMemory(least, least - 4 * trained + copies, grown + gradient + again)
 
 

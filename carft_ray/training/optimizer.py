@@ -20,7 +20,8 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
 
     Each group holds ``lr_factor``: its learning rate is the scheduled one times this factor, which differs by layer
     with ``layer_decay``. ``decay: all`` decays every tensor, norms and biases included (the wise-ft family);
-    ``decay: matrices`` spares those of fewer than two dimensions (as open_clip does).
+    ``decay: matrices`` spares those of fewer than two dimensions (as open_clip does). With L2-SP the tower has no
+    decay, which would pull to another place.
     """
 
     def group(parameters: Sequence[Tensor], decays: bool, lr_factor: float) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
     groups = []
     for factor in dict.fromkeys(factor for factor, _ in tower):
         layer = [p for its, p in tower if its == factor]
-        groups.append(group([p for p in layer if decays_all or p.ndim >= 2], True, factor))
+        groups.append(group([p for p in layer if decays_all or p.ndim >= 2], not train.l2_sp_weight, factor))
         groups.append(group([p for p in layer if not decays_all and p.ndim < 2], False, factor))
     bias = [] if classifier.class_bias is None else [classifier.class_bias]
     if train.head_lr_factor == 0:

@@ -10,6 +10,9 @@ A GPU that neither reads nor stores them computes them for the images of a batch
 the micro-batch and compiled where the other tower is: nobody else sees them, and no bit is promised there but with
 ``train.deterministic``.
 
+Other penalties than the KL of the contexts need more of the frozen model. A training that has one runs the frozen model
+once on each of its batches, in passes of the micro-batch, for all of its penalties, and neither reads nor stores.
+
 A visit is one file of the cache, ``STORE/visit-0003``, in a folder that carft-ray has made (``cache.own_folder``).
 Block b begins at a multiple of the size of a block: 8 bytes, a hash of its place and content, then float16
 [images, contexts], little-endian. Nothing is flushed or locked: a block that is missing, half written or damaged does
@@ -33,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from carft_ray import environment
 from carft_ray.data.cache import own_folder
@@ -44,6 +48,7 @@ from carft_ray.model.device import compute_dtype, computed_on
 from carft_ray.model.tower import compile_passes
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.losses import context_distribution
+from carft_ray.training.penalties import RandomTexts, Reference
 from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload
 
 TARGETS = "targets"  # all stores, in the cache
@@ -103,7 +108,7 @@ def store_dir(
 
 def by_batches(train: TrainConfig, device: torch.device, store: Path | None) -> bool:
     """Tells whether targets are computed for the images of a batch, not in blocks."""
-    return device.type == "cuda" and store is None and not train.deterministic
+    return bool(train.feature_terms) or (device.type == "cuda" and store is None and not train.deterministic)
 
 
 class Targets:
@@ -117,6 +122,7 @@ class Targets:
         device: Where the frozen model runs.
         store: Of ``store_dir``; None: nothing is read or written.
         micro_batch: Images of a pass of the frozen model, where they are not those of a block.
+        class_head_CD: Unit rows [C, D]; None: no class logits are needed.
     """
 
     def __init__(
@@ -128,12 +134,15 @@ class Targets:
         device: torch.device,
         store: Path | None = None,
         micro_batch: int = BLOCK,
+        class_head_CD: Tensor | None = None,
     ) -> None:
         self.clip, self.source, self.train, self.device, self.store = clip, source, train, device, store
         self.context_head_TD = context_head_TD.to(device)
         self.context_scale = train.context_scale or clip.logit_scale
         self.stream = copy_stream(device)
+        self.class_head_CD = self.context_head_TD[:1] if class_head_CD is None else class_head_CD
         self.frozen: ImageClassifier | None = None
+        self.texts: RandomTexts | None = None
         self._live: dict[tuple[int, int], Block] = {}
         self._writer = ThreadPoolExecutor(1, "targets")
         self._failed = False
@@ -189,15 +198,33 @@ class Targets:
             ]
         )
 
-    def of(self, parts: Sequence[Part], pixels_BHWC: Tensor) -> Tensor | None:
-        """Returns the rounded probabilities of a worker's part of a batch, float16 [B, T] on the device.
+    def of(self, parts: Sequence[Part], pixels_BHWC: Tensor, step: int) -> Reference:
+        """Returns what the penalties compare a worker's part of a batch with, on the device.
 
-        None without a KL term.
+        The probabilities of the contexts are rounded to float16.
 
         Args:
             parts: Of ``parts``.
             pixels_BHWC: Its views, on the device.
+            step: The update, from 0.
         """
+        if not self.train.feature_terms:
+            return Reference(self._contexts(parts, pixels_BHWC))
+        return self._of_batch(pixels_BHWC, step) if len(pixels_BHWC) else Reference()
+
+    @torch.no_grad()
+    def _of_batch(self, pixels_BHWC: Tensor, step: int) -> Reference:
+        train, frozen = self.train, self._frozen()
+        passes = [frozen(pass_BHWC) for pass_BHWC in torch.split(pixels_BHWC, self._pass)]
+        features_BD, logits_BC = (torch.cat(each) for each in zip(*passes, strict=True))
+        contexts_BT = self._rounded(features_BD) if train.kl_weight else None
+        if train.text_weight and self.texts is None:
+            self.texts = RandomTexts(self.clip, train, self.device)
+        texts_MD = self.texts.of(step) if self.texts is not None else None
+        return Reference(contexts_BT, functional.normalize(features_BD, dim=-1), logits_BC, texts_MD)
+
+    def _contexts(self, parts: Sequence[Part], pixels_BHWC: Tensor) -> Tensor | None:
+        """Returns the rounded probabilities of the contexts, float16 [B, T]; None without a KL term."""
         if not self.train.kl_weight:
             return None
         if not len(pixels_BHWC):  # of a last batch with fewer images than workers
@@ -233,15 +260,19 @@ class Targets:
                 self._writer.submit(self._write, self.store, block.visit, block.number, block.p_KT)
         return block.p_KT
 
-    @torch.no_grad()
-    def _compute(self, pixels_KHWC: Tensor) -> Tensor:
+    def _frozen(self) -> ImageClassifier:
         if self.frozen is None:
-            unused_head_CD = self.context_head_TD[:1]  # of classes: only the image tower runs
-            frozen = build_classifier(self.clip, unused_head_CD, self.train, self.device)
+            frozen = build_classifier(self.clip, self.class_head_CD, self.train, self.device)
             self.frozen = frozen.eval().requires_grad_(False)
             if self._pass and self.train.compile is True:
                 compile_passes(self.frozen, self._pass)
-        features_KD = self.frozen.features(pixels_KHWC)
+        return self.frozen
+
+    @torch.no_grad()
+    def _compute(self, pixels_KHWC: Tensor) -> Tensor:
+        return self._rounded(self._frozen().features(pixels_KHWC))
+
+    def _rounded(self, features_KD: Tensor) -> Tensor:
         return context_distribution(features_KD, self.context_head_TD, self.context_scale).exp().half()
 
     def _write(self, store: Path, visit: int, number: int, p_KT: Tensor) -> None:

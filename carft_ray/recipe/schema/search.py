@@ -29,7 +29,7 @@ from carft_ray.recipe.schema.fields import (
     nothing_is_empty,
     plain_value,
 )
-from carft_ray.recipe.schema.train import TrainConfig, field_kind
+from carft_ray.recipe.schema.train import PENALTIES, TrainConfig, field_kind
 
 _MOST_STEPS = 10**9
 # field of train -> why no search space may have it
@@ -404,7 +404,7 @@ class SearchConfig(Config):
     study"""
     baselines: Baselines = key(
         {},
-        {"fine_tuning": {"kl_weight": 0}},
+        {"fine_tuning": dict.fromkeys(PENALTIES, 0)},
         Resume("identity", "a trained baseline keeps its values; further ones may be added"),
     )
     """by name, values that replace those of `train`; trained before the trials and shown with them, never passed to the

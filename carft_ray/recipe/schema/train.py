@@ -32,6 +32,9 @@ ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all 
 ONE_FUNCTION = "A study has one fine-tuning function. Compare two with two studies, or with a baseline."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
 FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
+FEATURE_TERMS = ("class_kl", "feature", "text")  # penalties of the loss that compare the features of both models
+SCHEDULED = ("kl_weight", *(f"{name}_weight" for name in FEATURE_TERMS))
+PENALTIES = (*SCHEDULED, "l2_sp_weight")
 
 
 def _function(value: Any) -> Any:
@@ -54,7 +57,8 @@ class TrainConfig(Config):
     learning_rate: PositiveFloat = key(1e-5, 3e-05, METHOD)
     """peak learning rate of AdamW"""
     kl_weight: NonNegativeFloat = key(1.0, 10, METHOD)
-    """coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale"""
+    """coefficient of the KL term of the contexts; 0 for all penalties is plain fine-tuning. Its size depends on the
+    model's logit scale"""
     alpha: Fraction | None = key(None, 0.6, METHOD)
     """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not allowed in a search:
     see [One alpha for all trials](../docs/objectives.md#one-alpha-for-all-trials)"""
@@ -97,6 +101,18 @@ class TrainConfig(Config):
     step are the result"""
     context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
+    class_kl_weight: NonNegativeFloat = key(0.0, 1, METHOD)
+    """coefficient of the KL term of the classes (logit distillation): the frozen model's zero-shot probabilities
+    against the student's"""
+    feature_weight: NonNegativeFloat = key(0.0, 10, METHOD)
+    """coefficient of 1 - cosine of the image features of student and frozen model (feature distillation)"""
+    text_weight: NonNegativeFloat = key(0.0, 1, METHOD)
+    """coefficient of the squared change of the logits of 80 random texts, new ones in each step (Lipsum-FT)"""
+    l2_sp_weight: NonNegativeFloat = key(0.0, 0.02, METHOD)
+    """coefficient of half the squared distance of the image tower's weights from their start (L2-SP), with LoRA half
+    the squared norm of the corrections; above 0 it replaces the weight decay of the tower"""
+    penalty_schedule: Literal["constant", "linear_to_zero"] = key("constant", "linear_to_zero", METHOD)
+    """weight of the penalties, except for L2-SP, over the steps: constant, or falling linearly to 0"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
     """precision of the image tower's computation; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that supports
     it, else fp32; fp32 never uses TF32"""
@@ -131,7 +147,22 @@ class TrainConfig(Config):
     seed: Seed = key(
         0, 1, Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )
-    """seed of the order of the images, of their random crops and of LoRA's initial values"""
+    """seed of the order of the images, of their random crops, of random texts and of LoRA's initial values"""
+
+    @property
+    def feature_terms(self) -> tuple[str, ...]:
+        """Those of ``FEATURE_TERMS`` that have a weight: they run the frozen model on each batch."""
+        return tuple(name for name in FEATURE_TERMS if getattr(self, f"{name}_weight"))
+
+    @property
+    def compares_models(self) -> bool:
+        """Whether a penalty runs the frozen model or reads what it has computed."""
+        return bool(self.kl_weight or self.feature_terms)
+
+    @property
+    def shares_targets(self) -> bool:
+        """Whether the frozen model is needed for nothing but the contexts, which can be stored."""
+        return bool(self.kl_weight) and not self.feature_terms
 
 
 def field_kind(name: str) -> type:

@@ -29,6 +29,7 @@ from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predic
 from carft_ray.layout import CONFIRM, LOG, TEST_DIR, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.data import plain
+from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.adviser import findings
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
@@ -112,11 +113,13 @@ def page_document(view: Overview) -> dict[str, Any]:
 
 
 def method_of(view: Overview, row: TrialRow) -> str:
-    """Returns the method of a training: your own function, plain fine-tuning (no KL term), or CAR-FT."""
+    """Returns the method of a training: your own function, plain fine-tuning, CAR-FT, or the penalties that it has."""
     train = view.recipe.train
     if train.function is not None:
         return "own trainer"
-    return "CAR-FT" if row.values.get("kl_weight", train.kl_weight) else "plain fine-tuning"
+    names = [name.removesuffix("_weight") for name in PENALTIES if row.values.get(name, getattr(train, name))]
+    known = {(): "plain fine-tuning", ("kl",): "CAR-FT"}
+    return known.get(tuple(names)) or f"penalties: {', '.join(names)}"
 
 
 def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
