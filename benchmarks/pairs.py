@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from carft_ray.data.copies.find import SharedPair, shared_pairs
+from carft_ray.data.copies.find import SharedRow, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
 from carft_ray.data.sandbox import DOMAINS, sandbox_source
@@ -124,11 +124,11 @@ def link(path: Path, there: Path) -> None:
     there.symlink_to(path.absolute())
 
 
-def pairs_of(train: dict[str, object], id_val: dict[str, object], cache: Path) -> list[SharedPair]:
+def pairs_of(train: dict[str, object], id_val: dict[str, object], cache: Path) -> list[SharedRow]:
     """Returns the pairs of two folders of images, as a search finds them."""
     sets = {"train": {"source": "folder", **train}, "id_val": {"source": "folder", **id_val}}
     recipe = Recipe.model_validate({"data": sets, "train": {"batch_size": 2}})
-    return shared_pairs(recipe, cache)
+    return shared_pairs(recipe, cache)[0]
 
 
 def copies_found(root: Path, domain: str, names: Sequence[str], num: int, work: Path) -> dict[str, float]:
@@ -148,11 +148,11 @@ def copies_found(root: Path, domain: str, names: Sequence[str], num: int, work: 
         where: dict[str, object] = {"path": str(work / "copies"), "domains": [domain]}
         found = set()
         for pair in pairs_of({"path": str(root), "domains": [domain]}, where, work / "cache"):
-            original = names[int(Path(pair.second.name).stem)]
-            if pair.first.name.endswith(original):
+            original = names[int(Path(pair.other_image).stem)]
+            if pair.image.endswith(original):
                 found.add(original)
             else:
-                print(f"  {kind} of {original} and {pair.first.name}: distance {pair.distance:.4f}")
+                print(f"  {kind} of {original} and {pair.image}: distance {pair.distance:.4f}")
         shares[kind] = len(found) / len(drawn)
         for path in (folder / kind).iterdir():
             path.unlink()
@@ -170,9 +170,7 @@ def labelled(root: Path, labels: Path, work: Path) -> list[tuple[str, str, str, 
     sides: list[dict[str, object]] = [{"path": str(work / "labels"), "domains": [side]} for side in ("first", "second")]
     pairs = pairs_of(sides[0], sides[1], work / "cache")
     found = {
-        Path(pair.first.name).stem: pair.distance
-        for pair in pairs
-        if Path(pair.first.name).stem == Path(pair.second.name).stem
+        Path(pair.image).stem: pair.distance for pair in pairs if Path(pair.image).stem == Path(pair.other_image).stem
     }
     return [(row["first"], row["second"], row["same_picture"], found.get(str(i))) for i, row in enumerate(rows)]
 
@@ -196,9 +194,9 @@ def decode_all(paths: Sequence[Path]) -> None:
         list(pool.map(decode, [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]))
 
 
-def passed_over(root: Path, names: Sequence[str], work: Path) -> tuple[list[SharedPair], list[tuple[float, float]]]:
+def passed_over(root: Path, names: Sequence[str], work: Path) -> tuple[list[SharedRow], list[tuple[float, float]]]:
     """Returns the pairs of two halves of all images, and the times of Pillow, of the pass, and of Pillow again."""
-    paths, pairs = [root / name for name in names], list[SharedPair]()
+    paths, pairs = [root / name for name in names], list[SharedRow]()
     both: list[dict[str, object]] = [{"path": str(root), "domains": folders(root), "part": p} for p in HALVES]
     before = [timed(lambda: decode_all(paths)) for _ in range(2)][1]  # the first one fills the cache of files
     own = timed(lambda: pairs.extend(pairs_of(both[0], both[1], work / "empty")))
@@ -242,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = str(work / "images") + "/"
         print(f"pass: {len(names)} images, {len(pairs)} pairs")
         for pair in sorted(pairs, key=lambda pair: pair.distance):
-            ends = [image.name.removeprefix(begin) for image in (pair.first, pair.second)]
+            ends = [name.removeprefix(begin) for name in (pair.image, pair.other_image)]
             mark = known.get(frozenset(ends), "look at them")
             is_good &= mark != "no"
-            print(f"  {mark}: {ends[0]} and {ends[1]}: {pair.how}, {pair.distance:.4f}")
+            print(f"  {mark}: {ends[0]} and {ends[1]}: {pair.found_by}, {pair.distance:.4f}")
         for what, k in (("wall", 0), ("CPU", 1)):
             pillow = (times[0][k] + times[2][k]) / 2
             is_good &= times[1][k] <= MOST_TIMES * pillow

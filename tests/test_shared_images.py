@@ -342,26 +342,27 @@ def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):
         source.place = f"{source.name}/<b>, {{}}.png".format
         source.pixels = source.images.__getitem__
     rows = [(1, 2, "same picture", 0.1234), (0, 0, "same bytes", 0.0), (2, 0, "same picture", 0.05)]
-    first, second = (
-        [find.SharedImage(place, source, index) for index in range(3)]
-        for place, source in zip(("data.train", "data.id_test"), sources, strict=True)
-    )
-    pairs = [find.SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
-    shares.write_pairs(tmp_path / "pairs.csv", pairs)
-    ids = [str(image.source.sample_ids[image.index]) for image in (pairs[0].first, pairs[0].second)]
+    of = dict(zip(("data.train", "data.id_test"), sources, strict=True))
+
+    def image(place, index):
+        return place, of[place].place(index), int(of[place].sample_ids[index]), "stays"
+
+    pairs = [find.SharedRow(*image("data.train", i), *image("data.id_test", j), *found) for i, j, *found in rows]
+    shares.write_pairs(tmp_path / "pairs.csv", pairs, of)
+    ids = [pairs[0].sample_id, pairs[0].other_sample_id]
     lines = (tmp_path / "pairs.csv").read_text().splitlines()
     assert lines[0] == "set,image,sample_id,other_set,other_image,other_sample_id,found_by,distance"
     assert lines[3] == (
         f'data.train,"set 0/<b>, 1.png",{ids[0]},data.id_test,"set 1/<b>, 2.png",{ids[1]},same picture,0.1234'
     )
     assert [line.rsplit(",", 2)[1:] for line in lines[1:3]] == [["same bytes", "0.0"], ["same picture", "0.05"]]
-    leaving = {int(pair.first.source.sample_ids[pair.first.index]) for pair in pairs}
+    leaving = {pair.sample_id for pair in pairs}
     assert {*excluded_ids(str(tmp_path / "pairs.csv"), "x").tolist()} == leaving  # the table may be given to `exclude`
-    shares.write_pairs(tmp_path / "none.csv", [])
+    shares.write_pairs(tmp_path / "none.csv", [], {})
     assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
         shares.check_pairs_path(tmp_path / "pairs.txt")
-    shares.write_pairs(tmp_path / "pairs.html", pairs)
+    shares.write_pairs(tmp_path / "pairs.html", pairs, of)
     page = (tmp_path / "pairs.html").read_text()
     assert page.count("<article>") == 3
     assert page.count('src="data:image/jpeg;base64,') == 6

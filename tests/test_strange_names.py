@@ -14,7 +14,8 @@ from rich.console import Console
 
 import carft_ray
 from carft_ray import cli
-from carft_ray.data.copies.shared_images import SharedRow, read_shared, write_shared
+from carft_ray.data.copies.find import SharedRow
+from carft_ray.data.copies.shared_images import read_shared, write_shared
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import write_tables

@@ -78,8 +78,8 @@ def doctor(
     if pairs is not None and found.pairs is None:
         console.warn(f"{pairs} was not written: images are compared only if the data has no other error.")
     elif pairs is not None and found.pairs is not None:
-        write_pairs(pairs, found.pairs)
-        console.say(f"{pairs}: {counted(len(found.pairs), 'pair')} of images in two roles")
+        write_pairs(pairs, *found.pairs)
+        console.say(f"{pairs}: {counted(len(found.pairs[0]), 'pair')} of images in two roles")
     broken = [one.problem for one in on_nodes if one.level == "error"]
     if found.errors or broken:
         error = DataError if found.errors else ClusterError

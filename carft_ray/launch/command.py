@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.find import digests_of_tests
-from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
+from carft_ray.data.copies.find import SharedRow, digests_of_tests
+from carft_ray.data.copies.shared_images import shared_of_study, write_shared
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch import events
 from carft_ray.launch.budget import nothing_within_budget, used_up

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, listed, made_folder
-from carft_ray.data.copies.find import digests_of_tests
-from carft_ray.data.copies.shared_images import SharedRow, shared_counts
+from carft_ray.data.copies.find import SharedRow, digests_of_tests
+from carft_ray.data.copies.shared_images import shared_counts
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids

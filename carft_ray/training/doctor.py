@@ -19,7 +19,7 @@ import torch
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_names
-from carft_ray.data.copies.find import SharedPair, shared_pairs
+from carft_ray.data.copies.find import SharedRow, Sources, shared_pairs
 from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, records, same_words
@@ -82,7 +82,7 @@ class Diagnosis:
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
         model: Size and text side of the model; empty when it cannot be loaded.
         machine: ``device``, free disk and memory, versions.
-        pairs: Images that are in two roles; None where that was not checked.
+        pairs: Images that are in two roles, and their sets; None where that was not checked.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Diagnosis:
     zero_shot: dict[str, dict[str, float]] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
-    pairs: list[SharedPair] | None = None
+    pairs: tuple[list[SharedRow], Sources] | None = None
 
     def add(self, level: Level, place: str, rule: str, value: str = "", next_step: str = "") -> None:
         """Adds a finding."""
@@ -140,7 +140,7 @@ def examine(
         if cache is not None and not found.errors:
             say("comparing the images of the roles")
             found.pairs = shared_pairs(recipe, cache, say)
-            rows = decide(recipe, found.pairs)
+            rows = decide(recipe, *found.pairs)
             for line in shared_lines(rows):
                 found.add("note", "", line)
             recipe = without_shared(recipe, rows)

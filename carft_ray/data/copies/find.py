@@ -25,7 +25,7 @@ Shape letters: N images of a set, M of another, K pairs, S = 16 pixels of a thum
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from carft_ray.data.role_checks import may_share
 from carft_ray.data.selection import unlabelled_source
 from carft_ray.data.sets import list_set, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source, in_order
-from carft_ray.errors import DataError, Problem, StorageError
+from carft_ray.errors import DataError, StorageError
 from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet, plain
@@ -57,58 +57,48 @@ COLOUR = 6.0  # levels of blue and red (Cb and Cr of JPEG) together, by which th
 FLOOR = 30.0  # contrast, in grey levels, of which a distance is half of what it is among strong ones
 GAIN = 1.5  # largest contrast of a picture, as a multiple of that of its copy
 LEAST_CONTRAST = 2.0  # a picture below it has only its bytes and pixels to be known by
-NUM_EXAMPLES = 2
-STEP = (
-    "Write data.shared_images: drop, which keeps them only in the role nearest to the test, or remove them from one of "
-    "the two sets. List all of them: carft-ray doctor RECIPE --pairs pairs.html"
-)
 
 _log = logging.getLogger(__name__)
-
+LEAVES: Literal["leaves"] = "leaves"
+STAYS: Literal["stays"] = "stays"
+Sources = Mapping[str, Source]  # by key path
 _Floats = npt.NDArray[np.float32]
 _ROWS, _BLOCK = 16, 8192  # images of the second and of the first set that are compared at a time
 
 
 @dataclass(frozen=True)
-class SharedImage:
-    """One of the two images of a pair.
+class SharedRow:
+    """Two images in two roles that are the same, and what is done with each.
 
     Attributes:
-        place: Key path of its set.
-        source: The set.
-        index: Its index there.
+        set: Key path of the set of the first, which the recipe names before the other.
+        image: Its name: the path of its file.
+        sample_id: Its sample id.
+        done: Whether it ``leaves`` its set or ``stays``.
+        other_set: Key path of the set of the second.
+        other_image: Its name.
+        other_sample_id: Its sample id.
+        other_done: As ``done``.
+        found_by: ``same bytes`` or ``same picture``.
+        distance: Of the two pictures (``distances``); 0 for the same bytes or pixels.
     """
 
-    place: str
-    source: Source
-    index: int
-
-    @property
-    def name(self) -> str:
-        """Name for messages, such as the path of its file."""
-        return self.source.place(self.index)
-
-    @property
-    def sample_id(self) -> int:
-        """Its stable id."""
-        return int(self.source.sample_ids[self.index])
-
-
-@dataclass(frozen=True)
-class SharedPair:
-    """Two images in two roles that are the same.
-
-    Attributes:
-        first: The one of the set that the recipe names first.
-        second: The other.
-        how: By what they were found.
-        distance: Of the thumbnails (``distances``); 0 for the same bytes or pixels.
-    """
-
-    first: SharedImage
-    second: SharedImage
-    how: Literal["same bytes", "same picture"]
+    set: str
+    image: str
+    sample_id: int
+    done: Literal["leaves", "stays"]
+    other_set: str
+    other_image: str
+    other_sample_id: int
+    other_done: Literal["leaves", "stays"]
+    found_by: str
     distance: float
+
+    @property
+    def images(self) -> tuple[tuple[str, int, str, str, str], tuple[str, int, str, str, str]]:
+        """Both images: key path of the set, sample id, what is done, key path of the other set, name."""
+        first = (self.set, self.sample_id, self.done, self.other_set, self.image)
+        return first, (self.other_set, self.other_sample_id, self.other_done, self.set, self.other_image)
 
 
 def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
@@ -138,7 +128,9 @@ class _Set:
     records: Records
 
 
-def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
+def shared_pairs(
+    recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[SharedRow], Sources]:
     """Returns the images that two roles share. Two sets of one role may, and sandbox sets are compared by name.
 
     Of a corrupted set the images without corruptions are compared; ``role_checks.may_share`` says which may.
@@ -154,8 +146,8 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
         say: Called with what is being done where that takes time.
 
     Returns:
-        Every image that is shared stands in a pair. Of many with the same pixels, and of more than ``NEAREST``
-        alike, not each stands with each.
+        Rows in which every image stays, and the sets by key path. Every image that is shared stands in a row. Of many
+        with the same pixels, and of more than ``NEAREST`` alike, not each stands with each.
 
     Raises:
         DataError: An image of training or validation cannot be read.
@@ -163,33 +155,19 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
     """
     specs = named_sets(recipe)
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
-        return []
+        return [], {}
     opened = (_open(spec, plain_place(path, spec), str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
     key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.source.identity}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
     rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))
 
-    def image(number: int, index: int) -> SharedImage:
-        return SharedImage(sets[number].place, sets[number].source, index)
+    def image(number: int, index: int) -> tuple[str, str, int, Literal["stays"]]:
+        place, source = sets[number].place, sets[number].source
+        return place, source.place(index), int(source.sample_ids[index]), STAYS
 
-    return [SharedPair(image(a, i), image(b, j), how, distance) for a, b, i, j, how, distance in rows]
-
-
-def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
-    """Returns a problem for each two sets that share images."""
-    problems = []
-    by_sets: dict[tuple[str, str], list[SharedPair]] = {}
-    for pair in pairs:
-        by_sets.setdefault((pair.first.place, pair.second.place), []).append(pair)
-    for (first, second), shared in by_sets.items():
-        how = " and ".join(sorted({pair.how for pair in shared}))
-        examples = "; ".join(f"{pair.first.name} and {pair.second.name}" for pair in shared[:NUM_EXAMPLES])
-        rule = f"a set has one role and must not share images with {first}"
-        num_shared, num_images = len({pair.second.index for pair in shared}), len(shared[0].second.source)
-        value = f"{num_shared} of {num_images} images in both ({how}): {examples}"
-        problems.append(Problem(second, rule, value, next_step=STEP))
-    return problems
+    found = [SharedRow(*image(a, i), *image(b, j), how, round(distance, 4)) for a, b, i, j, how, distance in rows]
+    return found, {each.place: each.source for each in sets}
 
 
 def same_pixels(first: Records, second: Records) -> IntArray:

@@ -11,16 +11,17 @@ import base64
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import scipy  # its modules load when they are first used
 
 from carft_ray import files
-from carft_ray.data.copies.find import LIMIT, NUM_EXAMPLES, SharedImage, SharedPair, shared_pairs, shared_problems
+from carft_ray.data.copies.find import LEAVES, LIMIT, STAYS, SharedRow, Sources, shared_pairs
 from carft_ray.data.images import small_jpeg
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.role_checks import check_roles, may_share
@@ -34,53 +35,19 @@ from carft_ray.untrusted import csv_cell, html, of_csv_cell
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
-LEAVES: Literal["leaves"] = "leaves"
-STAYS: Literal["stays"] = "stays"
 MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
 SIDE, QUALITY = 240, 85  # of a shown picture: pixels, and of JPEG
+NUM_EXAMPLES = 2
+STEP = (
+    "Write data.shared_images: drop, which keeps them only in the role nearest to the test, or remove them from one of "
+    "the two sets. List all of them: carft-ray doctor RECIPE --pairs pairs.html"
+)
 LIMIT_STEP = (
     "The roles are likely wrong. Give each role images of its own, or write data.shared_images: keep, or a larger "
     "data.shared_limit. Inspect the pairs first: carft-ray doctor RECIPE --pairs pairs.html"
 )
 
-_Key = tuple[str, int]  # key path of a set, index of an image there
-
-
-@dataclass(frozen=True)
-class SharedRow:
-    """Two images in two roles that are the same, and what is done with each.
-
-    Attributes:
-        set: Key path of the set of the first.
-        image: Its name: the path of its file.
-        sample_id: Its sample id.
-        done: Whether it ``leaves`` its set or ``stays``.
-        other_set: Key path of the set of the second.
-        other_image: Its name.
-        other_sample_id: Its sample id.
-        other_done: As ``done``.
-        found_by: ``same bytes`` or ``same picture``.
-        distance: Of the two pictures (``find.distances``); 0 for the same bytes or pixels.
-    """
-
-    set: str
-    image: str
-    sample_id: int
-    done: Literal["leaves", "stays"]
-    other_set: str
-    other_image: str
-    other_sample_id: int
-    other_done: Literal["leaves", "stays"]
-    found_by: str
-    distance: float
-
-    @property
-    def images(self) -> tuple[tuple[str, int, str, str], tuple[str, int, str, str]]:
-        """Both images: key path of the set, sample id, what is done, key path of the other set."""
-        first = (self.set, self.sample_id, self.done, self.other_set)
-        return first, (self.other_set, self.other_sample_id, self.other_done, self.set)
-
-
+_Key = tuple[str, int]  # key path of a set, sample id of an image there
 COLUMNS = [field.name for field in fields(SharedRow)]
 PAIR_COLUMNS = [name for name in COLUMNS if not name.endswith("done")]
 
@@ -115,53 +82,43 @@ def find_shared(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = la
     """Returns the shared images of a recipe and what is done with each; arguments and errors as above."""
     if problems := check_roles(recipe):
         raise HoldOutError(problems)
-    return decide(recipe, shared_pairs(recipe, cache_dir, say))
+    return decide(recipe, *shared_pairs(recipe, cache_dir, say))
 
 
-def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
-    """Returns a row per pair with what is done with its images.
+def decide(recipe: Recipe, rows: Sequence[SharedRow], sources: Sources) -> list[SharedRow]:
+    """Returns the rows with what is done with their images.
 
     Args:
         recipe: The recipe.
-        pairs: Images that two roles share.
+        rows: Images that two roles share (``find.shared_pairs``).
+        sources: Their sets.
 
     Raises:
         HoldOutError: The policy is ``fail``; or ``drop`` would leave out more than ``data.shared_limit`` of a set, a
             whole class, or an image that the sandbox draws.
     """
-    if recipe.data.shared_images == "fail" and pairs:
-        raise HoldOutError(shared_problems(pairs))
-    leaving: dict[_Key, SharedImage] = {}
-    if recipe.data.shared_images == "drop":
-        specs = {plain_place(path, spec): (str(path[1]), spec) for path, spec in named_sets(recipe).items()}
-        images = {_key(image): image for pair in pairs for image in (pair.first, pair.second)}
-        connected = scipy.cluster.hierarchy.DisjointSet(images)
-        for pair in pairs:
-            connected.merge(_key(pair.first), _key(pair.second))
-        for component in connected.subsets():
-            stays: list[_Key] = []
-            for key in sorted(component, key=lambda key: (NEAREST_FIRST.index(specs[key[0]][0]), key)):
-                role = specs[key[0]][0]
-                if role in TEST_ROLES or all(may_share(specs[key[0]], specs[other[0]]) for other in stays):
-                    stays.append(key)
-                else:
-                    leaving[key] = images[key]
-        if problems := _limit_problems(recipe, list(leaving.values())):
-            raise HoldOutError(problems)
-
-    return rows_of(pairs, leaving)
-
-
-def rows_of(pairs: Iterable[SharedPair], leaving: Container[_Key] = ()) -> list[SharedRow]:
-    """Returns a row per pair, of which these images leave."""
-
-    def with_done(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
-        return image.place, image.name, image.sample_id, LEAVES if _key(image) in leaving else STAYS
-
-    return [
-        SharedRow(*with_done(pair.first), *with_done(pair.second), pair.how, round(float(pair.distance), 4))
-        for pair in pairs
-    ]
+    if recipe.data.shared_images == "fail" and rows:
+        raise HoldOutError(_role_problems(rows, sources))
+    if recipe.data.shared_images != "drop":
+        return list(rows)
+    specs = {plain_place(path, spec): (str(path[1]), spec) for path, spec in named_sets(recipe).items()}
+    names: dict[_Key, str] = {image[:2]: image[4] for row in rows for image in row.images}
+    leaving: dict[_Key, str] = {}
+    connected = scipy.cluster.hierarchy.DisjointSet(names)
+    for row in rows:
+        connected.merge(*(image[:2] for image in row.images))
+    for component in connected.subsets():
+        stays: list[_Key] = []
+        for key in sorted(component, key=lambda key: (NEAREST_FIRST.index(specs[key[0]][0]), key)):
+            role = specs[key[0]][0]
+            if role in TEST_ROLES or all(may_share(specs[key[0]], specs[other[0]]) for other in stays):
+                stays.append(key)
+            else:
+                leaving[key] = names[key]
+    if problems := _limit_problems(recipe, leaving, sources):
+        raise HoldOutError(problems)
+    done = [[LEAVES if image[:2] in leaving else STAYS for image in row.images] for row in rows]
+    return [replace(row, done=one, other_done=other) for row, (one, other) in zip(rows, done, strict=True)]
 
 
 def read_shared(study_dir: Path) -> list[SharedRow]:
@@ -212,7 +169,7 @@ def without_shared(recipe: Recipe, rows: Iterable[SharedRow]) -> Recipe:
     """
     leaving: dict[str, set[int]] = {}
     for row in rows:
-        for place, sample_id, done, _ in row.images:
+        for place, sample_id, done, *_ in row.images:
             if done == LEAVES:
                 leaving.setdefault(place, set()).add(sample_id)
 
@@ -256,54 +213,69 @@ def check_pairs_path(path: Path) -> None:
         raise UsageError(Problem("--pairs", "the name must end in .csv or .html", repr(str(path))))
 
 
-def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
+def write_pairs(path: Path, rows: Sequence[SharedRow], sources: Sources) -> None:
     """Writes pairs, those most alike first, as the ending of the name says; a page shows ``MOST_SHOWN`` of them.
+
+    Args:
+        path: The file.
+        rows: The pairs (``find.shared_pairs``).
+        sources: Their sets.
 
     Raises:
         DataError: A picture of a page cannot be read.
         StorageError: The file cannot be written.
     """
-    ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
+    ordered = sorted(rows, key=lambda row: (row.set, row.other_set, row.distance))
     is_page = path.suffix.lower() == ".html"
-    files.write_text(path, _page(ordered) if is_page else csv_of(rows_of(ordered), PAIR_COLUMNS))
+    files.write_text(path, _page(ordered, sources) if is_page else csv_of(ordered, PAIR_COLUMNS))
 
 
-def _page(pairs: Sequence[SharedPair]) -> str:
+def _page(rows: Sequence[SharedRow], sources: Sources) -> str:
     template = Template(Path(__file__).with_name("pairs.html").read_text(encoding="utf-8"))
-    title = f"Images in two roles: {counted(len(pairs), 'pair')}"
-    shown = "\n".join(map(_article, pairs[:MOST_SHOWN]))
-    rest = f"The first {MOST_SHOWN:,} are shown; a .csv file has all." if len(pairs) > MOST_SHOWN else ""
+    title = f"Images in two roles: {counted(len(rows), 'pair')}"
+    shown = "\n".join(_article(row, sources) for row in rows[:MOST_SHOWN])
+    rest = f"The first {MOST_SHOWN:,} are shown; a .csv file has all." if len(rows) > MOST_SHOWN else ""
     return template.substitute(title=title, limit=f"{LIMIT:g}", rest=rest, pairs=shown)
 
 
-def _article(pair: SharedPair) -> str:
-    pictures, words = zip(*map(_shown, (pair.first, pair.second)), strict=True)
-    heading = f"<b>{pair.how}, distance {pair.distance:.3f}</b>"
-    return f"<article>{''.join(pictures)}<div>{heading}{''.join(words)}</div></article>"
+def _article(row: SharedRow, sources: Sources) -> str:
+    """Returns both pictures, and of each its set, its name, and its size in pixels."""
+    pictures, words = "", f"<b>{row.found_by}, distance {row.distance:.3f}</b>"
+    for place, sample_id, _, _, name in row.images:
+        [index] = np.flatnonzero(sources[place].sample_ids == sample_id)[:1]
+        pixels = sources[place].pixels(int(index))
+        encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
+        pictures += f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+        words += f"<p>{html(place)}<br>{html(name)}<br>{pixels.shape[1]} x {pixels.shape[0]} pixels</p>"
+    return f"<article>{pictures}<div>{words}</div></article>"
 
 
-def _shown(image: SharedImage) -> tuple[str, str]:
-    """Returns the picture of an image, and its set, its name, and its size in pixels."""
-    pixels = image.source.pixels(image.index)
-    encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
-    words = f"<p>{html(image.place)}<br>{html(image.name)}<br>{pixels.shape[1]} x {pixels.shape[0]} pixels</p>"
-    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', words
+def _role_problems(rows: Sequence[SharedRow], sources: Sources) -> list[Problem]:
+    """Returns a problem for each two sets that share images."""
+    problems = []
+    by_sets: dict[tuple[str, str], list[SharedRow]] = {}
+    for row in rows:
+        by_sets.setdefault((row.set, row.other_set), []).append(row)
+    for (first, second), shared in by_sets.items():
+        how = " and ".join(sorted({row.found_by for row in shared}))
+        examples = "; ".join(f"{row.image} and {row.other_image}" for row in shared[:NUM_EXAMPLES])
+        rule = f"a set has one role and must not share images with {first}"
+        num_shared, num_images = len({row.other_sample_id for row in shared}), len(sources[second])
+        value = f"{num_shared} of {num_images} images in both ({how}): {examples}"
+        problems.append(Problem(second, rule, value, next_step=STEP))
+    return problems
 
 
-def _key(image: SharedImage) -> _Key:
-    return image.place, image.index
-
-
-def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Problem]:
+def _limit_problems(recipe: Recipe, leaving: Mapping[_Key, str], sources: Sources) -> list[Problem]:
     """Returns a problem for every set that would lose so much that its role is likely wrong."""
     problems = []
     limit = recipe.data.shared_limit
-    by_set: dict[str, list[SharedImage]] = {}
-    for image in leaving:
-        by_set.setdefault(image.place, []).append(image)
+    by_set: dict[str, dict[int, str]] = {}
+    for (place, sample_id), name in leaving.items():
+        by_set.setdefault(place, {})[sample_id] = name
     for place, images in by_set.items():
-        source, count = images[0].source, len(images)
-        value = f"{count} of {len(source)} images, such as {', '.join(image.name for image in images[:NUM_EXAMPLES])}"
+        source, count = sources[place], len(images)
+        value = f"{count} of {len(source)} images, such as {', '.join([*images.values()][:NUM_EXAMPLES])}"
         if not isinstance(source, StoredSource):
             rule = "its images are also in another role and cannot be left out, because the sandbox draws them"
         elif count > limit * len(source):
@@ -316,9 +288,10 @@ def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Prob
     return problems
 
 
-def _classes_gone(source: StoredSource, leaving: Sequence[SharedImage]) -> list[str]:
+def _classes_gone(source: StoredSource, leaving: Iterable[int]) -> list[str]:
     """Returns the classes of which all images would leave."""
-    classes = source.listing.classes
-    before = Counter(classes[row] for row in source.rows.tolist())
-    after = Counter(classes[int(source.rows[image.index])] for image in leaving)
+    leaves = np.isin(source.sample_ids, np.array([*leaving], np.uint64))
+    before, after = (
+        Counter(source.listing.classes[row] for row in rows.tolist()) for rows in (source.rows, source.rows[leaves])
+    )
     return sorted(name for name, count in after.items() if count == before[name])
