@@ -79,10 +79,11 @@ def test_the_micro_batch_to_begin_with_is_a_half_of_a_half_that_fits():
     assert [needed.largest(there, 512) for there in (100e9, 5e9, 1.3e9, 1.2e9)] == [512, 256, 16, 0]
 
 
-def test_car_ft_takes_four_copies_of_the_weights_an_average_one_more_and_plain_fine_tuning_one_less():
+def test_car_ft_takes_four_copies_of_the_weights_an_average_or_l2_sp_one_more_and_plain_fine_tuning_one_less():
     clip, heads = model_of("vit")
     weights = 4 * sum(parameter.numel() for parameter in clip.model.visual.parameters())
-    for values, copies in (({}, 4), ({"ema_decay": 0.9}, 5), ({"kl_weight": 0.0}, 3)):
+    cases = ({}, 4), ({"ema_decay": 0.9}, 5), ({"l2_sp_weight": 1.0}, 5), ({"kl_weight": 0.0}, 3)
+    for values, copies in (*cases, ({"kl_weight": 0.0, "feature_weight": 1.0}, 4)):
         found = step_memory(clip, settings(precision="fp32", **values), heads[0], CPU)
         assert found.fixed == pytest.approx(copies * weights, rel=0.1)
         assert found.least > (copies + 1) * weights

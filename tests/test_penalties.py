@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ArraySource
 from families import FAMILIES, make_folder
+from safetensors.torch import load_file
 from scipy.special import log_softmax, softmax
+from scipy.stats import beta
 from test_loop import CPU, clip_and_heads, largest_difference, settings, unit, without_speed
 from test_lost import gloo
 from tiny import load_folder
@@ -17,6 +19,7 @@ from tiny import load_folder
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.lora import LowRank
+from carft_ray.model.mixing import move_towards, teacher_shares
 from carft_ray.model.tower import shape_tower
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig
@@ -30,7 +33,13 @@ from carft_ray.training.run_context import RunContext
 B, C, D, M = 6, 5, 12, 9  # images, classes, width, texts
 NONE = dict.fromkeys(PENALTIES, 0.0)
 ALL = {"kl_weight": 2.0, "class_kl_weight": 0.5, "feature_weight": 3.0, "text_weight": 0.1, "l2_sp_weight": 0.5}
-EACH = [{name: ALL[name]} for name in PENALTIES] + [ALL, {**ALL, "penalty_schedule": "linear_to_zero"}]
+EACH = [
+    *({name: ALL[name]} for name in PENALTIES),
+    ALL,
+    {**ALL, "penalty_schedule": "linear_to_zero"},
+    {**ALL, "teacher": "average"},
+    {"kl_weight": 2.0, "teacher": "average", "lora_rank": 2, "ema_decay": 0.8, "freeze_layers": 1},
+]
 
 
 def penalised(**values):
@@ -240,7 +249,7 @@ def test_a_training_that_stops_and_resumes_ends_with_the_same_bits(
     assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
 
 
-TWO = {**ALL, "penalty_schedule": "linear_to_zero", "precision": "fp64", "batch_size": 40}
+TWO = {**ALL, "penalty_schedule": "linear_to_zero", "teacher": "average", "precision": "fp64", "batch_size": 40}
 NUM_IMAGES = 41  # the last batch has one image, so one of two workers has none
 
 
@@ -267,6 +276,76 @@ def test_two_workers_with_all_penalties_end_with_the_weights_of_one(clip64, head
         assert largest_difference(without_keys(one), without_keys(state)) < 1e-9
         for mine, theirs in zip(expected, found, strict=True):
             assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-8)
+
+
+@pytest.mark.parametrize("values", [{}, {"lora_rank": 2}, {"freeze_layers": 2, "ema_decay": 0.5}])
+def test_a_moving_teacher_is_the_mean_of_the_merged_weights_with_beta_weights(
+    clip64, heads64, source, tmp_path, monkeypatch, values
+):
+    looks, teachers, kept = [], [], []
+    start = build_classifier(clip64, heads64[0], penalised(precision="fp64"), CPU).state()
+
+    def recorded(average, weights, share, move=loop.move_towards):
+        move(average, weights, share)
+        looks.append({name: weights[name].detach().clone() for name in average})
+        teachers.append({name: tensor.clone() for name, tensor in average.items()})
+
+    class Kept(targets.Targets):
+        def __init__(self, *given):
+            super().__init__(*given)
+            kept.append(self)
+
+    monkeypatch.setattr(loop, "move_towards", recorded)
+    monkeypatch.setattr(loop, "Targets", Kept)
+    train = penalised(**ALL, **values, teacher="average", precision="fp64")
+    places = {"checkpoint_dir": tmp_path / "checkpoints", "target_store": tmp_path / "store"}
+    end = fine_tune(clip64, *heads64, source, train, **places)
+    assert not (tmp_path / "store").exists()
+    num_steps, weights = len(looks), beta.pdf((np.arange(len(looks) + 1) + 0.5) / (len(looks) + 1), 0.5, 0.5)
+    assert num_steps == 12
+    for name in looks[0]:
+        thetas = torch.stack([start[name], *(look[name] for look in looks)]).numpy()
+        for step in (1, 5, num_steps):
+            expected = np.average(thetas[: step + 1], axis=0, weights=weights[: step + 1])
+            np.testing.assert_allclose(teachers[step - 1][name].numpy(), expected, atol=1e-12)
+    if "ema_decay" not in values:
+        assert max(float((looks[-1][name] - end[name]).abs().max()) for name in looks[0]) < 1e-12  # as it is returned
+    frozen = kept[0].frozen.state()
+    assert torch.equal(frozen["class_head"], start["class_head"])
+    assert {name for name in frozen if not torch.equal(frozen[name], start[name])} == set(looks[0])
+    averages = load_file(tmp_path / "checkpoints" / "attempt-1" / "step-00000008" / "average.safetensors")
+    mine = {name.removeprefix("teacher."): tensor for name, tensor in averages.items() if name.startswith("teacher.")}
+    assert largest_difference(mine, teachers[7]) == 0.0
+    assert any(not name.startswith("teacher.") for name in averages) == ("ema_decay" in values)
+
+
+def test_a_running_mean_with_equal_weights_is_the_mean():
+    rows = torch.from_numpy(np.random.default_rng(2).normal(size=(6, 3)))
+    average = {"w": rows[0].clone()}
+    for step, row in enumerate(rows[1:], start=1):
+        move_towards(average, {"w": row}, 1 / (step + 1))
+    assert torch.allclose(average["w"], rows.mean(0), rtol=0, atol=1e-15)
+    assert teacher_shares(1) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("values", [{name: ALL[name]} for name in SCHEDULED])
+def test_a_moving_teacher_begins_as_the_frozen_model_and_then_leaves_it(clip64, heads64, source, every_step, values):
+    found = {}
+    for teacher in ("frozen", "average"):
+        rows, train = [], penalised(**values, teacher=teacher, precision="fp64", epochs=1)
+        state = fine_tune(clip64, *heads64, source, train, RunContext(progress=rows.append))
+        found[teacher] = state, [without_speed(row) for row in rows]
+    (frozen, rows), (moved, others) = found.values()
+    assert rows[:1] == [pytest.approx(others[0], rel=1e-6, abs=1e-7)]  # targets of contexts are in blocks of 64, or not
+    [name] = [name.removesuffix("_weight") for name in values]
+    assert 0 < others[-1][name] < rows[-1][name]
+    assert largest_difference(frozen, moved) > 1e-6
+
+
+def test_a_moving_teacher_changes_neither_l2_sp_nor_a_training_without_a_penalty(tiny_clip, heads, source):
+    for values in ({}, {"l2_sp_weight": 0.5}):
+        ends = [fine_tune(tiny_clip, *heads, source, penalised(**values, teacher=t)) for t in ("frozen", "average")]
+        assert largest_difference(*ends) == 0.0
 
 
 def test_random_texts_depend_on_seed_and_step_alone(tiny_clip):

@@ -332,6 +332,8 @@ WARNINGS = [
         f"train.penalty_schedule {UNWEIGHTED}",
     ),
     ("train: {kl_weight: 0, text_weight: 1, penalty_schedule: linear_to_zero}", None),
+    ("train: {kl_weight: 0, teacher: average}", f"train.teacher {UNWEIGHTED}"),
+    ("train: {kl_weight: 0, teacher: average}\nsearch: {space: {feature_weight: {low: 1, high: 2}}}", None),
     ("train: {text_weight: 1}\nsearch: {baselines: {fine_tuning: {kl_weight: 0}}}", f"{NOT_PLAIN} text_weight: 0"),
     ("train: {text_weight: 1}\nsearch: {baselines: {fine_tuning: {kl_weight: 0, text_weight: 0}}}", None),
     ("search: {baselines: {fine_tuning: {learning_rate: 1e-5}}}", f"{NOT_PLAIN} kl_weight: 0"),

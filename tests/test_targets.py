@@ -180,10 +180,11 @@ OWN = {"one": {"crop_scale": 0.4}, "two": {"crop_scale": 0.4, "learning_rate": 1
 SEEDS = [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8, "kl_weight": 0.0}]  # of a confirm
 FEATURES = {"feature_weight": {"low": 1.0, "high": 9.0}}
 DISTILLED = {f"kd_{index}": {"class_kl_weight": 1.0, "learning_rate": 10.0**-index} for index in (4, 5)}
-STORED, ONLINE, EACH_BATCH = (
+STORED, ONLINE, EACH_BATCH, MOVES = (
     "stored, the first training that needs them keeps them",
     "online, since no two trainings have the same seed, ",
     "online, since the penalties run the frozen model on each batch",
+    "online, since the targets of a moving teacher are never stored",
 )
 
 
@@ -208,6 +209,11 @@ STORED, ONLINE, EACH_BATCH = (
         (recipe_of(6, OWN, space=FEATURES), None, STORED, 2),
         (recipe_of(1, DISTILLED), [{"seed": 7, "text_weight": 1.0, "kl_weight": 0.0}], EACH_BATCH, 0),
         (recipe_of(1, DISTILLED), None, ONLINE, 0),
+        (recipe_of(train={"teacher": "average"}), None, MOVES, 0),
+        (recipe_of(targets="stored", train={"teacher": "average"}), None, MOVES, 0),
+        (recipe_of(), [{"teacher": "average"}, {"teacher": "average", "kl_weight": 0.0}], MOVES, 2),
+        (recipe_of(), [*SEEDS, {"teacher": "average"}], STORED, 2),
+        (recipe_of(space=STEPS, train={"teacher": "average", "kl_weight": 0.0}), None, "", 0),
     ],
 )
 def test_trainings_share_their_targets_where_two_have_the_same(recipe, trainings, said, num_visits):

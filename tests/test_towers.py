@@ -34,6 +34,7 @@ from carft_ray.training.loop import fine_tune
 from carft_ray.training.optimizer import build_optimizer
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs
+from carft_ray.training.targets import Targets
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +170,7 @@ def test_the_average_is_the_weighted_mean_of_the_merged_weights_of_all_steps(cli
 def test_a_checkpoint_of_a_training_with_an_average_is_none_of_one_without(tiny_clip, heads, source, tmp_path):
     fine_tune(tiny_clip, *heads, source, settings(ema_decay=0.9), checkpoint_dir=tmp_path)
     with pytest.raises(
-        StorageError, match="must contain an average of the weights if ema_decay is set, else none, but"
+        StorageError, match="must contain an average of the weights if ema_decay is set, or teacher is average, else"
     ):
         fine_tune(tiny_clip, *heads, source, settings(), checkpoint_dir=tmp_path)
 
@@ -254,6 +255,12 @@ def test_a_tower_trains_that_keeps_what_it_has_computed_from_weights_in_eval_mod
     for _ in range(2):  # the second step needs another graph
         classifier(pixels)[1].logsumexp(dim=1).sum().backward()
     assert any(value.grad.abs().max() > 0 for value in biases)
+    frozen = Targets(clip, heads[1], ArraySource(), settings(teacher="average"), CPU)
+    before = frozen.of([], pixels, 0).features_BD
+    with torch.no_grad():
+        for name, weights in frozen.teacher([name for name, _ in classifier.named_parameters()]).items():
+            weights.add_("attention_biases" in name)
+    assert not torch.equal(frozen.of([], pixels, 1).features_BD, before)  # a moving teacher, too
 
 
 def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):

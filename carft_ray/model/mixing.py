@@ -10,10 +10,17 @@ w[0] are the zero-shot weights and count as one step like the others: divided by
 not pulled to its start (the bias correction of Adam, arXiv 1412.6980). Step by step it is
 
     average[t] = average[t - 1] + (1 - d) / (1 - d^(t + 1)) * (w[t] - average[t - 1])
+
+A moving teacher is a running mean of w[0] to w[t], too. Its weights are the density of Beta(.5, .5), large at the first
+and at the last of all T steps (as TRACER has it):
+
+    teacher[t] = sum over i = 0..t of b[i] w[i]  /  sum over i = 0..t of b[i]
+    b[i]       = 1 / sqrt(x (1 - x))  at  x = (i + .5) / (T + 1)
 """
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +72,18 @@ def mix_into(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) ->
 
 
 def update_average(average: State, weights: State, decay: float, step: int) -> None:
-    """Takes the weights after step ``step`` (from 1) into the average, in place; on a GPU in a few kernels."""
-    share = (1 - decay) / (1 - decay ** (step + 1))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], share)
+    """Takes the weights after step ``step`` (from 1) into the average, in place."""
+    move_towards(average, weights, (1 - decay) / (1 - decay ** (step + 1)))
+
+
+def teacher_shares(num_steps: int) -> list[float]:
+    """Returns the share of the weights after each step in the teacher after it, from 1 for step 0."""
+    places = (np.arange(num_steps + 1) + 0.5) / (num_steps + 1)
+    density = 1 / np.sqrt(places * (1 - places))
+    return [float(share) for share in density / np.cumsum(density)]
+
+
+@torch.no_grad()
+def move_towards(average: State, weights: State, share: float) -> None:
+    """Takes weights into an average with a share, in place; on a GPU in a few kernels."""
+    torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], share)

@@ -34,7 +34,7 @@ from carft_ray.words import counted
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.templates))
-OF_PENALTIES = ("penalty_schedule",)  # without effect if nothing in ``SCHEDULED`` has a weight
+OF_PENALTIES = ("penalty_schedule", "teacher")  # without effect if nothing in ``SCHEDULED`` has a weight
 LARGEST_POPULATION = 50  # Optuna's default
 # what a sampler does with conditional parameters; all of them learn nothing from a pruned trial
 UNLEARNED = {"gp": "not modelled", "nsga2": "not inherited"}

@@ -279,12 +279,15 @@ def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None
     known = [apply(recipe, values).train for values in given]
     views = [tuple(getattr(train, name) for name in VIEW_FIELDS) for train in known if train.shares_targets]
     more = recipe.train.feature_terms or any(f"{name}_weight" in space for name in FEATURE_TERMS)
+    moves = trainings is None and (recipe.train.teacher == "average" or "teacher" in space)
     trials_have_kl = trainings is None and (recipe.train.kl_weight > 0 or "kl_weight" in space)
-    trials_share = trials_have_kl and not more
+    trials_share = trials_have_kl and not more and not moves
     if not views and not trials_share:
         if not any(train.compares_models for train in known) and not (trainings is None and (trials_have_kl or more)):
             return recipe, ""
         mode, why = "online", "since the penalties run the frozen model on each batch"
+        if moves or any(train.moves_teacher for train in known):
+            why = "since the targets of a moving teacher are never stored"
     elif asked == "stored":
         return recipe, ""
     elif len({*views}) < len(views) or (trials_share and num_trials(recipe) >= 2 * num_views(recipe)):

@@ -1,7 +1,7 @@
 """Checkpoints of a training: safetensors and JSON, no pickle.
 
     attempt-1/step-00000024/{weights.safetensors, optimizer.safetensors, state.json}
-                             and average.safetensors with `ema_decay`
+                             and average.safetensors with `ema_decay` or a moving teacher
 
 A checkpoint folder appears under its name only whole. The newest valid one wins; an attempt writes only into its own
 folder, so an older one that still runs cannot overwrite a newer one's work. A training copies its state to the host,
@@ -45,7 +45,7 @@ class Checkpoint:
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
         position: Seed, and the running sums of the epoch's metrics. Order and views are functions of (seed, step) and
             nothing else is drawn, so step and seed are also the sampler's position and the random state.
-        average: Average of the weights over the steps; empty where none is taken.
+        average: Averages of the weights over the steps; empty where none is taken.
         name: Of one that was read: its folder below that of all checkpoints.
     """
 

@@ -25,7 +25,7 @@ from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, St
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
 from carft_ray.model.lora import trained_weights
-from carft_ray.model.mixing import update_average
+from carft_ray.model.mixing import move_towards, teacher_shares, update_average
 from carft_ray.model.tower import compile_tower, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
 MOST_AHEAD = 16  # batches, however small
+TEACHER = "teacher."  # before its names in a checkpoint
 CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
 OnEpoch = Callable[
     [Callable[[], dict[str, Tensor]], int], dict[str, float]
@@ -96,18 +97,21 @@ class _Learner:
     classifier: ImageClassifier
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # of the weights; empty without ``ema_decay``
+    teacher: dict[str, Tensor]  # weights of the moving one; empty where it is frozen
     train: TrainConfig
     context: RunContext
     writer: CheckpointWriter
     anchor: Anchor | None = None  # of L2-SP
     step: int = 0
+    shares: list[float] = field(default_factory=list)  # of the weights after each step in the teacher
     saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
 
     def __post_init__(self) -> None:
         self.parameters = list(self.classifier.parameters())
         # LoRA's are merged anew after each step, the others are the parameters themselves
-        self.weights = trained_weights(self.classifier) if self.average and self.train.lora_rank is None else None
+        averages = bool(self.average or self.teacher)
+        self.weights = trained_weights(self.classifier) if averages and self.train.lora_rank is None else None
 
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
@@ -126,9 +130,12 @@ class _Learner:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.train.ema_decay is not None:
+        if self.average or self.teacher:
             weights = self.weights or trained_weights(self.classifier)
-            update_average(self.average, weights, self.train.ema_decay, self.step)
+            if self.train.ema_decay is not None:
+                update_average(self.average, weights, self.train.ema_decay, self.step)
+            if self.teacher:
+                move_towards(self.teacher, weights, self.shares[self.step])
         each_image = (value * batch_size / self.context.world_size for value in of_step)
         return torch.cat([sums, *(value.double().view(1) for value in each_image)])
 
@@ -140,8 +147,11 @@ class _Learner:
     def _checkpoint(self) -> Checkpoint:
         totals = dict(self.means.totals)
         position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": totals}
-        weights, average = copies(self.classifier.state_dict()), copies(self.average)
+        weights, average = copies(self.classifier.state_dict()), copies(self._averages())
         return Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {**self.average, **{f"{TEACHER}{name}": tensor for name, tensor in self.teacher.items()}}
 
     def resume(self, checkpoint_dir: Path) -> None:
         """Continues from the newest valid checkpoint, if any. Rank 0 finds it: others may still list an older one."""
@@ -161,11 +171,12 @@ class _Learner:
         position, place = checkpoint.position, str(checkpoint_dir)
         if position["seed"] != self.train.seed:
             raise StorageError(Problem(place, f"must belong to seed {self.train.seed}", str(position["seed"])))
-        if bool(checkpoint.average) != bool(self.average):
-            rule = "must contain an average of the weights if ema_decay is set, else none"
+        averages = self._averages()
+        if checkpoint.average.keys() != averages.keys():
+            rule = "must contain an average of the weights if ema_decay is set, or teacher is average, else none"
             raise StorageError(Problem(place, rule, "one" if checkpoint.average else "none"))
         self.classifier.load_state_dict(checkpoint.weights)
-        for name, tensor in self.average.items():
+        for name, tensor in averages.items():
             tensor.copy_(checkpoint.average[name])
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
         self.step, self.means = checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
@@ -258,18 +269,19 @@ def fine_tune(
     anchor = Anchor(classifier.visual, train.l2_sp_weight) if train.l2_sp_weight else None
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
+    micro_batch = micro_batch_of(train, context.world_size)
+    targets = Targets(clip, context_head_TD, source, train, device, target_store, micro_batch, class_head_CD)
+    teacher = targets.teacher(trained_weights(classifier)) if train.moves_teacher else {}
     writer = CheckpointWriter(checkpoint_dir if context.rank == 0 else None, attempt)
-    learner = _Learner(classifier, optimizer, average, train, context, writer, anchor)
+    learner = _Learner(classifier, optimizer, average, teacher, train, context, writer, anchor)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
-    micro_batch = micro_batch_of(train, context.world_size)
     if train.compile is True:
         compile_tower(classifier, micro_batch, train.grad_checkpointing)
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
-    given = clip, context_head_TD, source, train, device, target_store, micro_batch, class_head_CD
-    with Targets(*given) as targets, writer:
+    with targets, writer:
         _train(learner, model, targets, on_epoch, num_threads)
     return learner.state()
 
@@ -280,6 +292,7 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
     loss = Loss(targets.context_head_TD, targets.context_scale, train)
     steps_per_epoch = math.ceil(len(source) / train.batch_size)
     num_steps = train.epochs * steps_per_epoch
+    learner.shares = teacher_shares(num_steps) if learner.teacher else []
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
     names = (*loss.names, *(("l2_sp",) if train.l2_sp_weight else ()), "grad_norm")
     window = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # sums; and times their share in the loss

@@ -73,6 +73,8 @@ def step_memory(clip: Clip, train: TrainConfig, class_head_CD: Tensor, device: t
     sizes = [(each.nbytes // 4, each.requires_grad) for each in classifier.parameters()]  # as numbers of fp32
     weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     least = training_bytes(weights, trained, train) - (0 if train.compares_models else 4 * weights)
+    if train.text_weight:
+        least += 4 * sum(p.numel() for name, p in clip.model.named_parameters() if not name.startswith("visual."))
     return StepMemory(least, least - 4 * trained + copies, grown + gradient + again)
 
 

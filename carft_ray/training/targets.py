@@ -11,7 +11,8 @@ the micro-batch and compiled where the other tower is: nobody else sees them, an
 ``train.deterministic``.
 
 Other penalties than the KL of the contexts need more of the frozen model. A training that has one runs the frozen model
-once on each of its batches, in passes of the micro-batch, for all of its penalties, and neither reads nor stores.
+once on each of its batches, in passes of the micro-batch, for all of its penalties, and neither reads nor stores. So
+does one whose teacher moves: its tower is a running mean of the student's weights (``mixing``), its class head stays.
 
 A visit is one file of the cache, ``STORE/visit-0003``, in a folder that carft-ray has made (``cache.own_folder``).
 Block b begins at a multiple of the size of a block: 8 bytes, a hash of its place and content, then float16
@@ -26,7 +27,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def store_dir(
 
 def by_batches(train: TrainConfig, device: torch.device, store: Path | None) -> bool:
     """Tells whether targets are computed for the images of a batch, not in blocks."""
-    return bool(train.feature_terms) or (device.type == "cuda" and store is None and not train.deterministic)
+    return not train.shares_targets or (device.type == "cuda" and store is None and not train.deterministic)
 
 
 class Targets:
@@ -208,9 +209,14 @@ class Targets:
             pixels_BHWC: Its views, on the device.
             step: The update, from 0.
         """
-        if not self.train.feature_terms:
+        if self.train.shares_targets or not self.train.compares_models:
             return Reference(self._contexts(parts, pixels_BHWC))
         return self._of_batch(pixels_BHWC, step) if len(pixels_BHWC) else Reference()
+
+    def teacher(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Returns the named weights of the frozen image tower, on the device: who changes them moves the teacher."""
+        tower = self._frozen().named_parameters()
+        return {name: each.detach() for name, each in tower if name in names and name.startswith("visual.")}
 
     @torch.no_grad()
     def _of_batch(self, pixels_BHWC: Tensor, step: int) -> Reference:
@@ -263,7 +269,8 @@ class Targets:
     def _frozen(self) -> ImageClassifier:
         if self.frozen is None:
             frozen = build_classifier(self.clip, self.class_head_CD, self.train, self.device)
-            self.frozen = frozen.eval().requires_grad_(False)
+            # a tower that keeps what it has made of weights in eval mode must not do so with weights that move
+            self.frozen = frozen.train(self.train.moves_teacher).requires_grad_(False)
             if self._pass and self.train.compile is True:
                 compile_passes(self.frozen, self._pass)
         return self.frozen

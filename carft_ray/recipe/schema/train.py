@@ -113,6 +113,9 @@ class TrainConfig(Config):
     the squared norm of the corrections; above 0 it replaces the weight decay of the tower"""
     penalty_schedule: Literal["constant", "linear_to_zero"] = key("constant", "linear_to_zero", METHOD)
     """weight of the penalties, except for L2-SP, over the steps: constant, or falling linearly to 0"""
+    teacher: Literal["frozen", "average"] = key("frozen", "average", METHOD)
+    """the model that the penalties, except for L2-SP, compare with: the frozen zero-shot model, or a running mean of
+    this training's weights that starts there"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
     """precision of the image tower's computation; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that supports
     it, else fp32; fp32 never uses TF32"""
@@ -151,7 +154,7 @@ class TrainConfig(Config):
 
     @property
     def feature_terms(self) -> tuple[str, ...]:
-        """Those of ``FEATURE_TERMS`` that have a weight: they run the frozen model on each batch."""
+        """Those of ``FEATURE_TERMS`` that have a weight."""
         return tuple(name for name in FEATURE_TERMS if getattr(self, f"{name}_weight"))
 
     @property
@@ -160,9 +163,15 @@ class TrainConfig(Config):
         return bool(self.kl_weight or self.feature_terms)
 
     @property
+    def moves_teacher(self) -> bool:
+        """Whether penalties compare with a running mean of the weights."""
+        return self.teacher == "average" and self.compares_models
+
+    @property
     def shares_targets(self) -> bool:
-        """Whether the frozen model is needed for nothing but the contexts, which can be stored."""
-        return bool(self.kl_weight) and not self.feature_terms
+        """Whether the frozen model is needed for nothing but the contexts, which can be stored; else it runs on each
+        batch, if a penalty compares with it at all."""
+        return bool(self.kl_weight) and not self.feature_terms and not self.moves_teacher
 
 
 def field_kind(name: str) -> type:
