@@ -45,6 +45,8 @@ MOST_BYTES = 2**30  # of an image file: three colours of 16 bits of as many pixe
 LARGE = 16_000_000  # pixels from which on images are decoded one at a time
 NARROWEST = 1000  # times that a side may have the pixels of the other
 WHITE = (255, 255, 255)
+CIFAR_SIDE = 32  # pixels
+FRAME = 2  # pixels of ObjectNet's frame
 DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
 
 _one_large = threading.Lock()
@@ -107,6 +109,25 @@ def decoded_image(content: bytes, place: str, max_pixels: int = MAX_PIXELS) -> t
     except Exception as error:  # decoders raise of every kind on damaged files
         cause = str(error) or type(error).__name__
         raise DataError(Problem(place, "must be a readable image", cause, next_step=_STEP)) from error
+
+
+def planes(content: bytes, place: str, max_pixels: int) -> tuple[PixelArray, str]:
+    """As ``decoded_image``, for an image of CIFAR, which is not encoded: its red, green and blue plane."""
+    planes = np.frombuffer(content, np.uint8).reshape(3, CIFAR_SIDE, CIFAR_SIDE)
+    return np.ascontiguousarray(planes.transpose(1, 2, 0)), "RGB"
+
+
+def without_frame(content: bytes, place: str, max_pixels: int) -> tuple[PixelArray, str]:
+    """As ``decoded_image``, for an image of ObjectNet: its red frame is cut off."""
+    pixels, mode = decoded_image(content, place, max_pixels)
+    height, width = pixels.shape[:2]
+    if min(height, width) <= 2 * FRAME:
+        rule = f"must be larger than its frame of {FRAME} pixels"
+        raise DataError(Problem(place, rule, f"{width} x {height} pixels"))
+    return pixels[FRAME:-FRAME, FRAME:-FRAME], mode
+
+
+FORMS = {"file": decoded_image, "planes": planes, "framed": without_frame}  # of the images of a listing
 
 
 def small_jpeg(pixels: PixelArray, side: int, quality: int) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp
-from carft_ray.data.images import MOST_BYTES, decode_image, decoded_image, read_bytes, unreadable
+from carft_ray.data.images import FORMS, MOST_BYTES, read_bytes, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
 from carft_ray.errors import DataError, Problem
@@ -72,8 +72,7 @@ class Listing:
         found: All classes of the set in its own label order, also those without images.
         root: The folder that paths count from, as the recipe writes it.
         column: Column with the images in files that are tables.
-        planes: Side in pixels of images that are not encoded: their red, green and blue planes; 0: they are files.
-        frame: Pixels that are cut off at each edge of an image.
+        form: How images are decoded, of ``images.FORMS``.
         within: Class of the set -> the classes of the class list that stand for it, where the set has a class list of
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
         is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
@@ -90,8 +89,7 @@ class Listing:
     found: tuple[str, ...] = ()
     root: str = ""
     column: str = ""
-    planes: int = 0
-    frame: int = 0
+    form: str = "file"
     within: Mapping[str, tuple[str, ...]] | None = None
     is_sparse: bool = False
     in_order: bool = False
@@ -174,23 +172,6 @@ class Listing:
         if len(content) < size:
             raise DataError(Problem(place, "must contain the whole image", "a file that is cut off"))
         return content
-
-    def decode(self, content: bytes, row: int, max_pixels: int) -> PixelArray:
-        """Returns an image as RGB, uint8 [H, W, 3], from its bytes.
-
-        Raises:
-            DataError: They are no image.
-        """
-        if self.planes:
-            planes = np.frombuffer(content, np.uint8).reshape(3, self.planes, self.planes)
-            return np.ascontiguousarray(planes.transpose(1, 2, 0))
-        pixels = decode_image(content, self.place(row), max_pixels)
-        if not self.frame:
-            return pixels
-        if min(pixels.shape[:2]) <= 2 * self.frame:
-            value = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-            raise DataError(Problem(self.place(row), f"must be larger than its frame of {self.frame} pixels", value))
-        return pixels[self.frame : -self.frame, self.frame : -self.frame]
 
     def _opened(self, path: str) -> ParquetRows | ArrowRows | None:
         """Opens a file of many images, where it is a table, after a look whether it is as it was."""
@@ -304,13 +285,11 @@ class StoredSource:
         Raises:
             DataError: They are no image.
         """
-        return self.listing.decode(content, int(self.rows[index]), self.max_pixels)
+        return self.decoded(content, index)[0]
 
     def decoded(self, content: bytes, index: int) -> tuple[PixelArray, str]:
         """Returns the pixels of ``decode``, whose arguments and errors it has, and Pillow's mode of the file."""
-        if self.listing.planes or self.listing.frame:
-            return self.decode(content, index), "RGB"
-        return decoded_image(content, self.place(index), self.max_pixels)
+        return FORMS[self.listing.form](content, self.place(index), self.max_pixels)
 
     def without(self, unwanted: Sequence[int]) -> "StoredSource":
         """Returns the source without the images at these indices, which it names as skipped."""

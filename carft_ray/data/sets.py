@@ -55,11 +55,11 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.yaml import KeyPath, dotted
 from carft_ray.untrusted import read_text, visible
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TRAIN, ID_VAL = "train", "id_val"
 _LABEL, _DIGEST = pa.field("label", pa.int64()), pa.field("digest", pa.binary(DIGEST_BYTES))
 _SET = ("name", "class_names", "groups", "skipped", "max_pixels")  # attributes that are kept of a source,
-_LISTING = ("kind", "home", "root", "column", "planes", "frame", "in_order")  # and of its listing
+_LISTING = ("kind", "home", "root", "column", "form", "in_order")  # and of its listing
 
 
 @dataclass(frozen=True)

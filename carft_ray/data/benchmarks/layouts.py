@@ -29,6 +29,7 @@ import numpy as np
 import scipy  # its modules load when they are first used
 
 from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
+from carft_ray.data.images import CIFAR_SIDE
 from carft_ray.data.listing import Listing, image_table
 from carft_ray.data.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
@@ -43,14 +44,12 @@ MOST_LIST_BYTES = 2**28  # of a list of images; the longest that a benchmark com
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
-BORDER = 2  # pixels of ObjectNet's red frame
 HOLDOUT = 0.2  # DomainBed's holdout_fraction
 TABLE = "metadata.csv"  # of iWildCam and Camelyon17
 VAL_YEAR, TEST_YEAR = "2013", "2016"  # FMoW: first years of OOD validation and OOD test
 VAL_HOSPITAL, TEST_HOSPITAL = "1", "2"  # Camelyon17
 PARTITION = 1  # of DTD's ten and SUN397's ten: the one that is commonly used
 BACKGROUND = "BACKGROUND_Google"  # Caltech-101: no class
-SIDE = 32  # pixels of CIFAR
 
 
 def tree_rows(root: Path, prefix: str = "") -> list[Row]:
@@ -213,7 +212,7 @@ def objectnet(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> L
     """Lists the folders that ObjectNet shares with ImageNet; the others are left out. The red frame is cut off."""
     known = set(facts.classes)
     listing = listing_of(root, [row for row in tree_rows(root) if row[1] in known])
-    return replace(listing, frame=BORDER)
+    return replace(listing, form="framed")
 
 
 def domainbed(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Listing:
@@ -389,15 +388,15 @@ def cifar100(root: Path, spec: BenchmarkSet, facts: Benchmark, place: str) -> Li
 
 def _cifar(root: Path, files: list[str], label_bytes: int, facts: Benchmark) -> Listing:
     """Lists the rows of files: the labels, the fine one last, then the red, green and blue plane."""
-    row_bytes = label_bytes + 3 * SIDE * SIDE
+    row_bytes = label_bytes + 3 * CIFAR_SIDE * CIFAR_SIDE
     labels = {name: _cifar_labels(root / f"{name}.bin", row_bytes, label_bytes - 1) for name in files}
     rows = [(name, row, label) for name in files for row, label in enumerate(labels[name])]
     classes = [by_number(label, 0, facts, root / f"{name}.bin", f"image {row}") for name, row, label in rows]
     names, paths = [f"{name}/{row:05d}" for name, row, _ in rows], [f"{name}.bin" for name, *_ in rows]
     places = [row * row_bytes + label_bytes for _, row, _ in rows]
     home = str(root.resolve())
-    table = image_table(names, classes, paths, home, places, [3 * SIDE * SIDE] * len(names))
-    return Listing(KIND, home, table, tuple(sorted(set(classes))), str(root), planes=SIDE)
+    table = image_table(names, classes, paths, home, places, [3 * CIFAR_SIDE * CIFAR_SIDE] * len(names))
+    return Listing(KIND, home, table, tuple(sorted(set(classes))), str(root), form="planes")
 
 
 def _cifar_labels(path: Path, row_bytes: int, position: int) -> list[int]:
