@@ -33,7 +33,7 @@ from carft_ray.api.checks import (
     several,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
-from carft_ray.recipe.schema.recipe import Recipe, alone
+from carft_ray.recipe.schema.recipe import Recipe, alone, with_keys
 from carft_ray.results.reading import study_view
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
@@ -107,8 +107,7 @@ def search(
         study_view.require_search(study, study_recipe(study.resolve()))
     value = load_recipe(recipe, overrides, trust_paths)
     further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
-    update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
-    value = value.model_copy(update={"search": value.search.model_copy(update=update)})
+    value = with_keys(value, search={"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))})
     from carft_ray.recipe.rules import check_searchable
 
     if problems := check_searchable(value):
@@ -295,8 +294,7 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
         from carft_ray.launch.worker import RUNNER
 
         return recipe, RUNNER
-    named = recipe.train.model_copy(update={"function": None})  # the function is here; baselines may name others
-    require_trusted(recipe.model_copy(update={"train": named}), trust)
+    require_trusted(with_keys(recipe, train={"function": None}), trust)  # it is here; baselines may name others
     from carft_ray.launch.own_trainer import with_function
 
     return with_function(recipe, train)

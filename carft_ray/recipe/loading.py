@@ -22,7 +22,7 @@ from carft_ray.recipe.messages import Places, apply_overrides, at, problems_in, 
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schema.fields import Config, PathIn, path_in
 from carft_ray.recipe.schema.model import LOCAL_DIR, is_weights_path
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, with_keys
 from carft_ray.recipe.yaml import KeyPath
 from carft_ray.untrusted import read_text, visible
 
@@ -108,7 +108,7 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
         raise RecipeError(problems)
     if not own_functions(recipe) or recipe.train.function_dir is not None:
         return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"function_dir": str(base_dir)})})
+    return with_keys(recipe, train={"function_dir": str(base_dir)})
 
 
 def _template_lines(base_dir: Path, reads: Callable[[Path], object], written: str) -> tuple[str, ...]:
@@ -176,7 +176,7 @@ def portable_paths(recipe: Recipe) -> Recipe:
     Args:
         recipe: The recipe, with absolute paths.
     """
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
+    recipe = with_keys(recipe, data={"cache_dir": None})
     paths = [Path(written) for written in dict.fromkeys(_paths(recipe).values())]
     names: dict[Path, Path] = {}
     for root in paths:

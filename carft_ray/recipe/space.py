@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.recipe.messages import at, nearest_key, problems_in, shown, unlisted
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, with_keys
 from carft_ray.recipe.schema.search import SEARCHABLE, CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.schema.train import FEATURE_TERMS, TrainConfig
 from carft_ray.recipe.yaml import KeyPath
@@ -294,8 +294,7 @@ def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None
         mode, why = "stored", "the first training that needs them keeps them for later ones"
     else:
         mode, why = "online", f"since no two trainings have the same {', '.join(VIEW_FIELDS)}"
-    resources = recipe.resources.model_copy(update={"targets": mode})
-    return recipe.model_copy(update={"resources": resources}), f"resources.targets: {mode}, {why}"
+    return with_keys(recipe, resources={"targets": mode}), f"resources.targets: {mode}, {why}"
 
 
 def num_views(recipe: Recipe) -> float:

@@ -15,6 +15,7 @@ from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.messages import train_problems
+from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.confirmation import read_plan, whole_rows
@@ -178,8 +179,7 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     if not behind_zero_shot(view):
         steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
     num_more = max(4, wanted // 2)
-    search = view.recipe.search.model_copy(update={"trials": wanted + num_more})
-    has_more = num_trials(view.recipe.model_copy(update={"search": search})) > wanted
+    has_more = num_trials(with_keys(view.recipe, search={"trials": wanted + num_more})) > wanted
     if finished and not reads and has_more and view.recipe.search.space:
         steps.append(f"resume {folder} --trials +{num_more}{trust}")
     return [*steps, f"ls {folder}"]

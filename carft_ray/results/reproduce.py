@@ -22,7 +22,7 @@ from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
 from carft_ray.launch.worker import RUNNER
-from carft_ray.recipe.schema.recipe import Recipe, alone, single
+from carft_ray.recipe.schema.recipe import Recipe, alone, single, with_keys
 from carft_ray.results.compare import origin
 from carft_ray.results.reading.finished import Finished, open_finished
 from carft_ray.study.provenance import differences, identity_problems, leaves
@@ -146,12 +146,8 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     gpus = 0.0 if where["device"] == "cpu" else recipe.resources.gpus_per_worker
     computed = {"threads": where["threads"], "num_workers": num_workers, "gpus_per_worker": gpus}
     computed |= {"executor": "inline" if num_workers == 1 else "ray-train", "targets": "online"}
-    parts = {
-        "resources": recipe.resources.model_copy(update=computed),
-        "data": recipe.data.model_copy(update={"cache_dir": str(out_dir / DECODED)}),
-        "train": recipe.train.model_copy(update={"compile": where.get("compile", recipe.train.compile)}),
-    }
-    return recipe.model_copy(update=parts)
+    data, train = {"cache_dir": str(out_dir / DECODED)}, {"compile": where.get("compile", recipe.train.compile)}
+    return with_keys(recipe, resources=computed, data=data, train=train)
 
 
 def _compared(finished: Finished, predictions: pa.Table, again: Finished) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from carft_ray.data.cached_sets import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, with_keys
 from carft_ray.store.record import write_result
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
@@ -96,9 +96,7 @@ def _train_a_little(
         return is_long or context.should_stop()
 
     # an epoch of few steps is first asked to stop at its end, and one that is the last ends as a whole training
-    train = recipe.train.model_copy(update={"epochs": max(2, recipe.train.epochs)})
-    evaluate = recipe.evaluate.model_copy(update={"every_epochs": 0})
-    short = recipe.model_copy(update={"train": train, "evaluate": evaluate})
+    short = with_keys(recipe, train={"epochs": max(2, recipe.train.epochs)}, evaluate={"every_epochs": 0})
     timed = dataclasses.replace(context, progress=rows.append, should_stop=should_stop)
     with contextlib.suppress(StoppedRun):
         run_training(short, out_dir, prepared_dir, timed, attempt)

@@ -30,7 +30,7 @@ from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema.data import TEST_ROLES, CorruptedSet
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, with_keys
 from carft_ray.untrusted import csv_cell, html, of_csv_cell
 from carft_ray.words import counted
 
@@ -184,7 +184,7 @@ def without_shared(recipe: Recipe, rows: Iterable[SharedRow]) -> Recipe:
     data = recipe.data
     roles: dict[str, Any] = {role: smaller(f"data.{role}", getattr(data, role)) for role in ("train", "id_val")}
     roles["ood_val"] = {name: smaller(f"data.ood_val.{name}", spec) for name, spec in data.ood_val.items()}
-    return recipe.model_copy(update={"data": data.model_copy(update=roles)}) if leaving else recipe
+    return with_keys(recipe, data=roles) if leaving else recipe
 
 
 def shared_counts(rows: Iterable[SharedRow]) -> dict[str, dict[str, int]]:

@@ -8,7 +8,8 @@ Units: learning rates are absolute, accuracies are fractions, sizes are pixels, 
 otherwise.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -137,20 +138,24 @@ class Recipe(Config):
     tracking: TrackingConfig = TrackingConfig()
 
 
+def with_keys(recipe: Recipe, **parts: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe with other values of some keys, by the name of their part; the values are not checked."""
+    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=new) for name, new in parts.items()})
+
+
 def with_threads(recipe: Recipe, number: int) -> Recipe:
     """Returns the recipe with this number of torch threads per worker."""
-    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+    return with_keys(recipe, resources={"threads": number})
 
 
 def without_tests(recipe: Recipe) -> Recipe:
     """Returns the recipe without its test sets, for code that must not find them."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"id_test": None, "ood_test": {}})})
+    return with_keys(recipe, data={"id_test": None, "ood_test": {}})
 
 
 def alone(recipe: Recipe) -> Recipe:
     """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints."""
-    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig()})
-    return recipe.model_copy(update={"search": search})
+    return with_keys(recipe, search={"constraints": ConstraintsConfig()})
 
 
 def single(recipe: Recipe) -> Recipe:

@@ -32,6 +32,7 @@ from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
 from carft_ray.recipe.loading import dump_recipe, portable_paths
 from carft_ray.recipe.schema.data import plain
+from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 from carft_ray.results.export.onnx import write_onnx
 from carft_ray.results.export.verify import farthest_logit, question_of
@@ -115,7 +116,7 @@ def export_model(
     with new_folder(out_dir) as folder:
         save_tensors(folder / HEAD_NAME, head, about)
         recipe = portable_paths(trained.recipe)
-        fixed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"alpha": alpha})})
+        fixed = with_keys(recipe, train={"alpha": alpha})
         write_text(folder / "recipe.yaml", RECIPE_HEAD + dump_recipe(fixed))
         card = model_card(replace(trained, recipe=recipe), alpha, formats, "class_bias" in head)
         write_text(folder / "README.md", card)
