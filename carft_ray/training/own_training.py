@@ -10,7 +10,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,6 @@ class OwnInputs:
     validation: tuple[ImageSet, ...]
 
 
-@dataclass(eq=False)
 class TrainingContext:
     """The second argument of ``fn(values, context)``. It gives no access to test sets.
 
@@ -133,30 +132,36 @@ class TrainingContext:
             content.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
-    model: OwnClassifier
-    class_names: tuple[str, ...]
-    image_size: int
-    transform: Transform
-    train_transform: Transform
-    normalise: Callable[[Tensor], Tensor]
-    train_set: Images
-    validation_sets: Mapping[str, Images]
-    checkpoint_dir: Path
-    _start: State = field(repr=False)
-    _make_frozen: Callable[[], OwnClassifier] = field(repr=False)
-    _run: RunContext = field(repr=False)
-    _num_epochs: int = field(repr=False)
-    _on_epoch: OnEpoch = field(repr=False)
-    _epoch: int = field(repr=False, default=0)  # the last that was reported
-    _is_stopped: bool = field(repr=False, default=False)
+    def __init__(
+        self,
+        train: TrainConfig,
+        inputs: OwnInputs,
+        run: RunContext,
+        device: torch.device,
+        checkpoint_dir: Path,
+        on_epoch: OnEpoch,
+    ) -> None:
+        clip, bicubic = inputs.clip, transforms.InterpolationMode.BICUBIC
+        crop = transforms.RandomResizedCrop(clip.image_size, (train.crop_scale, 1.0), interpolation=bicubic)
+        self.rank, self.world_size = run.rank, run.world_size
+        self.device, self.checkpoint_dir = device, checkpoint_dir
+        self._made = functools.partial(build_classifier, clip, inputs.class_head_CD, train, device, OwnClassifier)
+        self.model: OwnClassifier = self._made().train()  # type: ignore[assignment]  # of that class
+        self.class_names, self.image_size = inputs.class_names, clip.image_size
+        self.normalise = transforms.Normalize(clip.mean, clip.std)
+        to_input = [transforms.ToTensor(), self.normalise]
+        self.transform: Transform = transforms.Compose([clip.to_input, *to_input])
+        self.train_transform: Transform = transforms.Compose([crop, *to_input])
+        self.train_set = Images(inputs.train, self.train_transform)
+        self.validation_sets = {each.name: Images(each, transforms.Compose(to_input)) for each in inputs.validation}
+        self._start: State = self.model.state()
+        self._run, self._num_epochs, self._on_epoch = run, train.epochs, on_epoch
+        self._epoch, self._is_stopped = 0, False  # the last epoch that was reported
 
     @functools.cached_property
     def frozen(self) -> OwnClassifier:
         """The zero-shot classifier, made when it is first asked for: eval mode, without gradients."""
-        return self._make_frozen()
+        return self._made().eval().requires_grad_(False)  # type: ignore[return-value]  # of that class
 
     def report(self, metrics: Mapping[str, Any], state: State | None = None) -> None:
         """Reports the end of an epoch, on every rank: a row of ``metrics.jsonl``, for pruner, live table, TensorBoard.
@@ -238,37 +243,7 @@ def own_fine_tune(
         Exception: What it raises.
     """
     on_all_ranks(context, lambda: _made(checkpoint_dir))
-    clip = inputs.clip
-
-    def made() -> OwnClassifier:
-        return build_classifier(clip, inputs.class_head_CD, train, device, OwnClassifier)  # type: ignore[return-value]  # of that class
-
-    model = made()
-    normalise = transforms.Normalize(clip.mean, clip.std)
-    to_input = [transforms.ToTensor(), normalise]
-    bicubic = transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(clip.image_size, (train.crop_scale, 1.0), interpolation=bicubic)
-    transform = transforms.Compose([clip.to_input, *to_input])
-    train_transform = transforms.Compose([crop, *to_input])
-    own = TrainingContext(
-        rank=context.rank,
-        world_size=context.world_size,
-        device=device,
-        model=model.train(),  # type: ignore[arg-type]  # of the same class
-        class_names=inputs.class_names,
-        image_size=clip.image_size,
-        transform=transform,
-        train_transform=train_transform,
-        normalise=normalise,
-        train_set=Images(inputs.train, train_transform),
-        validation_sets={each.name: Images(each, transforms.Compose(to_input)) for each in inputs.validation},
-        checkpoint_dir=checkpoint_dir,
-        _start=model.state(),
-        _make_frozen=lambda: made().eval().requires_grad_(False),
-        _run=context,
-        _num_epochs=train.epochs,
-        _on_epoch=on_epoch,
-    )
+    own = TrainingContext(train, inputs, context, device, checkpoint_dir, on_epoch)
     seed = train.seed + context.rank
     random.seed(seed)
     np.random.seed(seed % 2**32)
