@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from carft_ray.data.copies.find import SharedRow, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
-from carft_ray.data.sandbox import DOMAINS, sandbox_source
+from carft_ray.data.sandbox import DOMAINS, SandboxSource
 from carft_ray.data.source import reading_threads
 from carft_ray.recipe.schema.recipe import Recipe
 
@@ -93,7 +93,7 @@ COPIES = WHOLE | {"5 % margin off": cropped, "border": bordered, "small watermar
 def write_sandbox(root: Path, num_per_class: int) -> None:
     """Writes images of all domains of the sandbox as DOMAIN/CLASS/NUMBER.png."""
     for domain in DOMAINS:
-        source = sandbox_source(domain, "val", num_per_class, domain)
+        source = SandboxSource(domain, "val", num_per_class, domain)
         for index in range(len(source)):
             path = root / domain / source.class_names[int(source.labels[index])] / f"{index:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.corruptions import CORRUPTIONS, corrupt, squared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.role_checks import check_roles, check_sets
-from carft_ray.data.sandbox import CLASSES, export_images, render, sandbox_source
+from carft_ray.data.sandbox import CLASSES, SandboxSource, export_images, render
 from carft_ray.data.sets import open_sets, open_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.schema.data import SetSpec
@@ -267,11 +267,11 @@ def test_pictures_keep_their_attributes_between_versions():
     shown = render("photo", "train", "fish", 0)[1]
     assert (shown.figure_colour, shown.ground_colour, shown.mirrored) == ("blue", "red", False)
     assert (shown.scale, shown.angle) == pytest.approx((0.5166689684507908, -37.77741321207112), abs=1e-9)
-    assert sandbox_source("photo", "train", 1, "train").sample_ids[0] == 1211625063335572033  # of an arrow
+    assert SandboxSource("photo", "train", 1, "train").sample_ids[0] == 1211625063335572033  # of an arrow
 
 
 def test_a_longer_set_begins_with_the_pictures_of_a_shorter_one_and_has_all_classes_alike():
-    short, long = (sandbox_source("photo", "train", count, "train") for count in (2, 5))
+    short, long = (SandboxSource("photo", "train", count, "train") for count in (2, 5))
     np.testing.assert_array_equal(short.pixels(3), long.pixels(6))
     assert short.sample_ids[3] == long.sample_ids[6]
     assert short.identity != long.identity
@@ -285,7 +285,7 @@ def test_no_sample_id_or_picture_is_shared_by_two_sets():
     ids, pictures = [], set()
     for domain in sandbox.DOMAINS:
         for split in sandbox.SPLITS:
-            source = sandbox_source(domain, split, 20, domain)
+            source = SandboxSource(domain, split, 20, domain)
             ids += source.sample_ids.tolist()
             pictures |= {source.pixels(i).tobytes() for i in range(0, len(source), 20)}
     assert len(set(ids)) == len(ids)
@@ -315,7 +315,7 @@ def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_pa
         assert {path.name for path in (tmp_path / "images" / name).iterdir()} == set(CLASSES)
     assert seen[-1] == (12 * 16 * 2, 12 * 16 * 2)
     path = tmp_path / "images" / "painting" / CLASSES[1] / "0001.png"
-    drawn = sandbox_source("painting", "val", 2, "painting")
+    drawn = SandboxSource("painting", "val", 2, "painting")
     np.testing.assert_array_equal(Image.open(path), drawn.pixels(3))
     files = folder(str(tmp_path / "images"), domains=["painting"])
     spec = {**SANDBOX, "domain": "painting", "num_per_class": 2}

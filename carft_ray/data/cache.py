@@ -240,7 +240,7 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
 
 def list_entries(cache_dir: Path) -> list[Entry]:
     """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
-    found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY) if _is_entry(path)]
+    found = [_entry(path, key, state) for path, key, state in _files(cache_dir, _ENTRY) if _is_entry(path)]
     for key, (_, *states) in own_folders(cache_dir, _TARGETS).items():
         used = max((time for state in states for time in (state.st_atime, state.st_mtime)), default=0.0)
         size, key = sum(state.st_blocks * 512 for state in states), f"{_TARGETS}/{key}"
@@ -427,7 +427,7 @@ def remove_dead(cache_dir: Path) -> int:
         StorageError: Something cannot be removed.
     """
     count = 0
-    for path, key in _files(cache_dir, _REMAINS):
+    for path, key, _ in _files(cache_dir, _REMAINS):
         with _alone(cache_dir / f"{key}.lock") as free, writing(path):
             if free:
                 path.unlink(missing_ok=True)
@@ -446,18 +446,14 @@ def _make_room(cache_dir: Path, limit_gb: float, num_bytes: int) -> None:
         _log.warning(text, cache_dir, size / GB, limit_gb)
 
 
-def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
-    """Returns the files whose names a pattern matches, each with its group: the key of an entry."""
-    regular = [name for name, state in listed(cache_dir).items() if stat.S_ISREG(state.st_mode)]
-    return [(cache_dir / name, found.group(1)) for name in regular if (found := pattern.fullmatch(name))]
+def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str, os.stat_result]]:
+    """Returns the files whose names a pattern matches, each with its group, the key of an entry, and its state."""
+    regular = [(name, state) for name, state in listed(cache_dir).items() if stat.S_ISREG(state.st_mode)]
+    return [(cache_dir / name, found[1], state) for name, state in regular if (found := pattern.fullmatch(name))]
 
 
-def _entry(path: Path, key: str) -> Entry:
+def _entry(path: Path, key: str, state: os.stat_result) -> Entry:
     known: dict[str, Any] = {}
-    last_used, num_bytes = 0.0, 0
-    with contextlib.suppress(OSError):
-        state = path.stat()
-        last_used, num_bytes = state.st_mtime, state.st_size
     with (
         contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError, TypeError),
         pa.memory_map(str(path)) as file,
@@ -465,7 +461,7 @@ def _entry(path: Path, key: str) -> Entry:
         about = json.loads(pa.ipc.open_file(file).schema.metadata[_ABOUT.encode()])
         known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
     with _alone(path) as free:
-        return Entry(key=key, last_used=last_used, num_bytes=num_bytes, in_use=not free, **known)
+        return Entry(key=key, last_used=state.st_mtime, num_bytes=state.st_size, in_use=not free, **known)
 
 
 @contextlib.contextmanager

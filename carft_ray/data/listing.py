@@ -228,11 +228,6 @@ class StoredSource:
         """Stable ids, uint64 [N]."""
         return self.listing.ids[self.rows]
 
-    @property
-    def home(self) -> str:
-        """Where the images are, a resolved path."""
-        return self.listing.home
-
     @cached_property
     def identity(self) -> str:
         """Hash of the place of the set, of names, places in their files, stamps, labels and groups.
@@ -242,7 +237,7 @@ class StoredSource:
         """
         if self.listed_as:
             return self.listed_as
-        digest = hashlib.blake2b(f"{self.home}\0{self.listing.column}\0".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{self.listing.home}\0{self.listing.column}\0".encode(), digest_size=16)
         table = self.listing.table.take(pa.array(self.rows))
         columns = (table[name].to_pylist() for name in ("name", "path", "at"))
         for name, path, at, label in zip(*columns, self.labels.tolist(), strict=True):

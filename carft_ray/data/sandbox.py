@@ -155,23 +155,25 @@ class Attributes:
     centre: tuple[float, float]
 
 
-@dataclass(frozen=True, eq=False)
 class SandboxSource:
-    """The ``Source`` of one sandbox set; see ``sandbox_source``."""
+    """The ``Source`` of one domain and split: class by class, every class ``num_per_class`` times.
 
-    name: str
-    domain: str
-    split: str
-    num_per_class: int
-    class_names: tuple[str, ...]
-    labels: IntArray
-    sample_ids: IdArray
+    Args:
+        domain: A key of ``DOMAINS``.
+        split: One of ``SPLITS``.
+        num_per_class: Images of each class.
+        name: Role or name of the set, for messages.
+    """
+
+    class_names = CLASSES
     groups: None = None  # the pictures are told apart between all classes
 
-    @property
-    def identity(self) -> str:
-        """A text that names the pictures completely."""
-        return f"sandbox-{FORMAT}/{self.domain}/{self.split}/{self.num_per_class}"
+    def __init__(self, domain: str, split: str, num_per_class: int, name: str) -> None:
+        self.name, self._domain, self._split, self._num_per_class = name, domain, split, num_per_class
+        self.identity = f"sandbox-{FORMAT}/{domain}/{split}/{num_per_class}"  # names the pictures completely
+        ids = [_key(domain, split, class_name, i)[0] for class_name in CLASSES for i in range(num_per_class)]
+        self.sample_ids: IdArray = np.array(ids, dtype=np.uint64)
+        self.labels: IntArray = np.repeat(np.arange(len(CLASSES), dtype=np.int64), num_per_class)
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -187,14 +189,8 @@ class SandboxSource:
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index``, uint8 [32, 32, 3]."""
-        return render(self.domain, self.split, self.class_names[self.labels[index]], index % self.num_per_class)[0]
-
-
-def sandbox_source(domain: str, split: str, num_per_class: int, name: str) -> SandboxSource:
-    """Returns a set of one domain and split, class by class, every class ``num_per_class`` times."""
-    ids = [_key(domain, split, class_name, i)[0] for class_name in CLASSES for i in range(num_per_class)]
-    labels = np.repeat(np.arange(len(CLASSES), dtype=np.int64), num_per_class)
-    return SandboxSource(name, domain, split, num_per_class, CLASSES, labels, np.array(ids, dtype=np.uint64))
+        class_name = CLASSES[self.labels[index]]
+        return render(self._domain, self._split, class_name, index % self._num_per_class)[0]
 
 
 def domain_problems(domain: str, place: str) -> list[Problem]:

@@ -287,7 +287,7 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
     problems += [] if classes is None else sandbox.class_problems(classes, name)
     if problems:
         raise DataError(problems)
-    return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
+    return sandbox.SandboxSource(spec.domain, spec.split, spec.num_per_class, name)
 
 
 def write_sets(recipe: Recipe, folder: Path) -> None:

@@ -104,7 +104,7 @@ def _is_packed(recipe: Recipe, train: StoredSource | CorruptedSource, folder: Pa
     """Returns whether a training set is packed: a set under corruptions by default, since each one takes long."""
     if recipe.data.resize_short_side is not None or recipe.data.pack == "always":
         return True
-    may_pay = isinstance(train, CorruptedSource) or pays(train.home, train.listing.in_order, folder)
+    may_pay = isinstance(train, CorruptedSource) or pays(train.listing.home, train.listing.in_order, folder)
     return recipe.data.pack == "auto" and may_pay
 
 

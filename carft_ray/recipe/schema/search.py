@@ -9,7 +9,7 @@ among the metrics of a training under ``violation/<name>``. Nothing is measured 
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -284,11 +284,7 @@ class MedianPruner(_Cutting):
     name: Literal["median"] = key("median", "median", CUT)
     startup_trials: PositiveInt = key(4, 8, CUT)
     """`median`, `percentile`: complete trials before any training is cut"""
-
-    @property
-    def percentile(self) -> float:
-        """The percentage of the trainings that continues."""
-        return 50.0
+    percentile: ClassVar[float] = 50.0  # the percentage of the trainings that continues
 
 
 class PercentilePruner(_Cutting):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from carft_ray import files
@@ -18,7 +17,7 @@ from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
-from carft_ray.model.classifier import ImageClassifier, build_classifier
+from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
@@ -150,8 +149,7 @@ def evaluate_trained(
     """
     recipe, inputs, classifier = trained.recipe, trained.inputs, trained.classifier(alpha)
     if zero_shot_head:
-        start = build_classifier(inputs.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
-        classifier.class_head.data.copy_(start.class_head.data)
+        classifier.class_head.data.copy_(inputs.clip.logit_scale * trained.class_head_CD)
         if classifier.class_bias is not None:
             classifier.class_bias.data.zero_()
     table = predict_all(classifier, inputs.validation, alpha, recipe.evaluate.batch_size, RunContext())
