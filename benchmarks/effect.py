@@ -15,9 +15,8 @@ code 1 when a threshold is missed. All numbers go to ``effect.json``, the figure
 ``docs/effect.png`` and ``.svg``. Finished trainings are kept and not run again: a killed benchmark continues with the
 same command. They belong to one set of weights and one recipe; after a change of the training code, remove the folder.
 
-``--recipe R`` asks of any images what the best of a search is worth (``benchmarks/winner.py``), ``--pretrain DIR``
-makes the packaged weights anew (``benchmarks/pretrain.py``). Like ``carft-ray test``, and unlike every search and
-training, the first two **read the test sets**.
+``--pretrain DIR`` makes the packaged weights anew (``benchmarks/pretrain.py``). Like ``carft-ray test``, and unlike
+every search and training, this benchmark **reads the test sets**. For any other recipe: ``benchmarks/methods.py``.
 """
 
 import argparse
@@ -35,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks import acceptance, pretrain, winner
+from benchmarks import acceptance, pretrain
 from benchmarks.effect_figure import Estimate, effect_figure
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all, space_of
 from carft_ray import files
@@ -324,10 +323,8 @@ def _finite(value: Any) -> Any:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.effect", description="What CAR-FT is worth.")
-    parser.add_argument("--recipe", type=Path, help="compares the winners of two searches of this recipe instead")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over this recipe")
-    parser.add_argument("--out", type=Path, help=f"where trainings and numbers are kept ({OUT}, or beside it)")
-    parser.add_argument("--figure-dir", type=Path, help="where the figure goes (docs; of --recipe: --out)")
+    parser.add_argument("--out", type=Path, default=OUT, help="where trainings and numbers are kept (%(default)s)")
+    parser.add_argument("--figure-dir", type=Path, default=DOCS, help="where the figure goes (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
     parser.add_argument("--pretrain", type=Path, metavar="DIR", help="makes the weights of the sandbox anew instead")
     parser.add_argument("--steps", type=int, default=pretrain.NUM_STEPS, help="of --pretrain (%(default)s)")
@@ -346,10 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.pretrain is not None:
             pretrain.pretrain(given.pretrain, given.steps, progress=pretrain.show)
             return 0
-        if given.recipe is not None:
-            out = (given.out or OUT.with_name(given.recipe.stem)).resolve()
-            return winner.run(given.recipe.resolve(), out, (given.figure_dir or out).resolve(), given.set)
-        return 0 if run((given.out or OUT).resolve(), (given.figure_dir or DOCS).resolve(), given.processes) else 1
+        return 0 if run(given.out.resolve(), given.figure_dir.resolve(), given.processes) else 1
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

@@ -22,6 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from ruamel.yaml import YAML
 
 from carft_ray.cli import app
+from carft_ray.recipe.methods import methods
 from carft_ray.recipe.presets import SCHEMA
 from carft_ray.recipe.schema.data import SetSpec
 from carft_ray.recipe.schema.fields import Config, core_type, is_config, members, resume_of
@@ -198,6 +199,17 @@ def flow(value: object) -> str:
     return re.sub(r"(?<=\d)e-0(?=\d)", "e-", written)
 
 
+def method_tables() -> Tables:
+    """Returns the table of the methods that ``--method`` knows."""
+    head = ["| method | what it does | searched | besides | cost of a step | source |", "|---|---|---|---|---|---|"]
+    rows = []
+    for name, one in methods().items():
+        ranges = ", ".join(f"`{key}` {flow(span['low'])} to {flow(span['high'])}" for key, span in one.searched.items())
+        besides = ", ".join(f"`{key}: {value}`" for key, value in one.sets.items())
+        rows.append(_line(f"`{name}`", one.words, ranges, besides, one.cost, one.source))
+    return {"methods": [*head, *rows]}
+
+
 # ---- the commands
 
 
@@ -259,6 +271,7 @@ def updated(text: str, tables: Tables) -> str:
 def made(root: Path) -> dict[str, str]:
     """Returns the text of every file that is made here, by its name below the root of the project."""
     documents = {"docs/recipe.md": key_tables, "docs/resume.md": resume_tables, "docs/commands.md": command_lists}
+    documents["docs/methods.md"] = method_tables
     texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
     schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
     return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n"}

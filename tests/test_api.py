@@ -196,10 +196,10 @@ def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overr
 @pytest.mark.parametrize("verb", ["search", "resume", "confirm", "train", "evaluate", "export", "report"])
 def test_every_option_of_a_command_has_its_parameter(verb):
     """Those that a recipe has as a key are overrides in Python; what is printed is no matter of a function."""
-    in_recipe = {"set_", "executor", "num_workers", "wall_time", "budget"}
+    in_recipe = {"set_", "method", "executor", "num_workers", "wall_time", "budget"}
     of_the_terminal = {"json_", "debug", "details", "help"}
     of_the_page = {"html", "card", "tables", "out"} if verb == "report" else set()
-    renamed = {"format_": "formats"}
+    renamed = {"format_": "formats", "no_ablation": "ablation"}
     options = {each.name for each in typer.main.get_command(app).commands[verb].params}
     parameters = {*inspect.signature(getattr(carft_ray, verb)).parameters}
     if verb == "resume":

@@ -27,6 +27,7 @@ from benchmarks import (
     table,
 )
 from benchmarks import landscape as landscapes
+from benchmarks import methods as compared
 from carft_ray import model
 from carft_ray.data.cached_sets import image_set
 from carft_ray.data.sandbox import DOMAINS, TEMPLATES, render
@@ -117,11 +118,11 @@ def test_each_command_says_what_it_is_and_stands_in_the_readme(capsys):
 
 
 def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_path, capsys):
-    changed = ["search.space={kl_weight: {low: 1, high: 10}}", "data.id_test=null"]
+    changed = ["search.space.learning_rate=null", "data.id_test=null"]
     words = [word for setting in changed for word in ("--set", setting)]
-    assert effect.main(["--recipe", str(effect.RECIPE), "--out", str(tmp_path / "out"), *words]) == 2
+    assert compared.main([str(effect.RECIPE), "--methods", "fine_tuning", "--out", str(tmp_path / "out"), *words]) == 2
     told = capsys.readouterr().err
-    assert "beside kl_weight" in told
+    assert "besides those of methods" in told
     assert "data.id_test" in told
     assert not (tmp_path / "out").exists()
 

@@ -142,7 +142,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
     def confirm(view):
         """What `confirm --top 1 --seeds 2` does; returns the stage, what was trained, and all that is said."""
-        first, notes = plan(view, 1, 2)
+        first, notes = plan(view, 1, 2, ablation=False)
         said = [*notes, cost(view, first)]
         trained = []
         with open_study(study_dir, view.recipe) as study:

@@ -411,15 +411,45 @@ def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha
     assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
         (winner, "winner", winner, 0.5, 0.7),
         (second, "candidate", second, 0.5, 0.6),
+        (f"{winner}, no penalties", "ablation", f"{winner}-no-penalties", 0.5, 0.0),
         ("plain", "baseline", "plain", 0.5, 0.4),
         ("plain, alpha 1", "baseline", "plain", 1.0, 0.2),
         ("zero_shot", "baseline", None, 0.0, 0.25),
     ]
     trainings = stage.trainings()
-    assert len(trainings) == 3 * 3  # winner, candidate, plain: rows that differ in alpha alone share trainings
+    assert (
+        len(trainings) == 4 * 3
+    )  # winner, candidate, ablation, plain: rows that differ in alpha alone share trainings
     assert {values["seed"] for values in trainings.values()} == set(stage.seeds)
     first = f"plain-seed{stage.seeds[0]}"
     assert trainings[first] == {"kl_weight": 0, "alpha": 0.5, "seed": stage.seeds[0]}
+    assert [row.chosen_from for row in stage.rows] == [3, 3, 1, 1, 1, 0]
+
+
+def test_the_winner_is_trained_without_penalties_too_where_it_has_some_and_the_loop_is_ours(view):
+    winner, ablation = (confirmation.first_stage(view, 1, 2).rows[index] for index in (0, 1))
+    assert ablation.values == winner.values | {"kl_weight": 0}
+    assert (ablation.role, ablation.alpha) == ("ablation", winner.alpha)
+    assert "ablation" not in {row.role for row in confirmation.first_stage(view, 1, 2, ablation=False).rows}
+    assert confirmation.without_penalties(view.recipe, ablation) == []
+    own = view.recipe.train.model_copy(update={"function": "module:name"})
+    mine = replace(view, recipe=view.recipe.model_copy(update={"train": own}))
+    stage, notes = confirmation.plan(mine, 1, 2)
+    assert "ablation" not in {row.role for row in stage.rows}
+    assert notes == ["no ablation: the fine-tuning is your own function, which carft-ray cannot run without penalties"]
+
+
+def test_a_comparison_of_the_best_of_different_numbers_of_trainings_says_so():
+    numbers = {
+        "t0001": ("winner", 16),
+        "plain": ("baseline", 1),
+        "plain, alpha 1": ("baseline", 1),
+        "zero_shot": ("baseline", 0),
+    }
+    rows = [{"name": name, "role": role, "chosen_from": number} for name, (role, number) in numbers.items()]
+    line = "They are the best of different numbers of trainings: t0001 (16), plain (1)."
+    assert confirmation.chosen_from_lines({"rows": rows}) == [line]
+    assert confirmation.chosen_from_lines({"rows": [row | {"chosen_from": 16} for row in rows[:2]]}) == []
 
 
 def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_the_new_winner(view):
@@ -444,7 +474,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     first = confirmation.first_stage(view, 3, 3)
     chosen = name_of(view, 2)
     second = confirmation.second_stage(first, chosen, view.recipe)
-    assert [row.name for row in second.rows if row.role != "baseline"] == [chosen]
+    assert [row.name for row in second.rows if row.role != "baseline"] == [chosen, f"{chosen}, no penalties"]
     assert len({view.recipe.train.seed, *first.seeds, *second.seeds}) == 1 + 3 + 3
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
@@ -490,13 +520,13 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
     trainings, before = stage.trainings(), trials(study_dir)
     short_sealed.confirm(study_dir, trainings, stand_in.train, num_attempts=2)
     cost = confirmation.cost(read_study(study_dir), stage)
-    assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
+    assert cost.startswith("4 configurations x 2 fresh seeds: 6 trainings to run of about ")
     with open_study(study_dir, view.recipe) as study:
         recover_given(study, trainings)
         spec = study.next()  # and the process is killed here
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []
-    assert confirmation.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds already exist."
+    assert confirmation.cost(read_study(study_dir), stage) == "All 8 trainings with fresh seeds already exist."
     assert trials(study_dir) == before
     rows = {row.name: row for row in confirmations(study_dir)}
     assert {name: row.values for name, row in rows.items()} == trainings

@@ -459,7 +459,8 @@ def steps(study_dir, after="status"):
 def plan(study_dir, training=None):
     best = read_study(study_dir).best
     row = PlanRow(best.name, "winner", training, 0.5, {}, best.objective)
-    write_plan(study_dir, Stage(best.name, (11, 12), (row,)), None)
+    ablation = PlanRow(f"{best.name}, no penalties", "ablation", training, 0.5, {}, 0.0)
+    write_plan(study_dir, Stage(best.name, (11, 12), (row, ablation)), None)
 
 
 def confirm(study_dir):

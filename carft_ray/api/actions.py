@@ -187,6 +187,7 @@ def confirm(
     seeds: int = 3,
     winner: str = "search",
     against: Sequence[str | Path] = (),
+    ablation: bool = True,
     overrides: Overrides = (),
     train: Trainer | None = None,
     address: str | None = None,
@@ -205,6 +206,7 @@ def confirm(
         winner: ``search``: the winner of the search. ``confirmed``: the best on the fresh seeds, which is then
             trained with as many further seeds.
         against: Studies whose winners become further baselines.
+        ablation: Train the winner's values without penalties, too, to see what the penalties contribute.
         overrides: Same as in ``load_recipe``; only keys that change where and how fast trainings run.
         train: Same as in ``search``; the fine-tuning of the study.
         address: Same as in ``search``.
@@ -244,7 +246,7 @@ def confirm(
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with _sending(recipe, study_dir, notify_url) as sent:
-        first, notes = confirmation.plan(view, top, seeds, others)
+        first, notes = confirmation.plan(view, top, seeds, others, ablation)
         second: Stage | None = None
         for note in notes:
             logger.warning("%s", note)

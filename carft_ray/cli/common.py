@@ -20,6 +20,7 @@ ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a st
 
 # options that set a key of the recipe
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
+KEYS |= {"method": "method"}  # several keys at once (``recipe.methods``)
 
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[
@@ -27,6 +28,7 @@ StudyArgument = Annotated[
 ]
 TrainedArgument = Annotated[str, Argument(help="Folder or address of a training or a study.", show_default=False)]
 SetOption = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a recipe key; repeatable.")]
+MethodOption = Annotated[str | None, Option(metavar="NAME", help="Set the keys of one method (init --list).")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
@@ -77,12 +79,17 @@ def overrides_of(given: Sequence[str] | None, options: dict[str, Any]) -> list[s
 
 
 def load(
-    path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
+    path: Path,
+    overrides: list[str] | None,
+    method: str | None = None,
+    executor: str | None = None,
+    num_workers: int | None = None,
 ) -> "Recipe":
     """Loads and checks a recipe (``checks.load_recipe``) with what a command sets over it."""
     from carft_ray.api.checks import load_recipe
 
-    return load_recipe(path, overrides_of(overrides, {"executor": executor, "num_workers": num_workers}))
+    options = {"method": method, "executor": executor, "num_workers": num_workers}
+    return load_recipe(path, overrides_of(overrides, options))
 
 
 def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Overview | None" = None) -> None:

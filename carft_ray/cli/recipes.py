@@ -27,7 +27,7 @@ def init(
     from_: Annotated[Path | None, Option("--from", help="Folder of images to write a recipe for.")] = None,
     preset: Annotated[str | None, Option(help="Name of a recipe that ships with carft-ray.")] = None,
     to: Annotated[Path | None, Option(help="File to write; default: print the recipe.")] = None,
-    list_: Annotated[bool, Option("--list", help="List the presets.")] = False,
+    list_: Annotated[bool, Option("--list", help="List the presets and the methods.")] = False,
     model: Annotated[str, Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
     pretrained: Annotated[
         str | None, Option(help="Its weights: a tag or a file; the default model uses openai.")
@@ -45,6 +45,7 @@ def init(
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe for your images (--from), or copy one that ships with carft-ray (--preset)."""
+    from carft_ray.recipe.methods import methods
     from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, preset_text, presets, schema_text
 
     if sum((from_ is not None, preset is not None, list_)) != 1:
@@ -60,9 +61,12 @@ def init(
     if problems:
         raise UsageError(problems)
     if list_:
-        if not console.print_json(presets(), json_):
+        known = {name: method.words for name, method in methods().items()}
+        if not console.print_json({"presets": presets(), "methods": known}, json_):
             console.show(console.table(("preset", "for"), list(presets().items())))
-            console.next_step("carft-ray init --preset NAME --to my_recipe.yaml")
+            console.show(console.table(("method", "what it does"), list(known.items())))
+            to_file = "carft-ray init --preset NAME --to my_recipe.yaml"
+            console.next_step(to_file, "carft-ray search my_recipe.yaml --method NAME --study studies/NAME")
         return
     if to is not None and to.exists():
         raise UsageError(
@@ -157,6 +161,7 @@ def _refused(recipe: "Recipe") -> list[Problem]:
 @command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
 def validate(
     recipe: common.RecipeArgument,
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     show: Annotated[bool, Option("--show", help="Print the complete resolved recipe.")] = False,
     deep: Annotated[bool, Option("--deep", help="Read all images, to check that no two roles share one.")] = False,
@@ -165,7 +170,7 @@ def validate(
     """Check a recipe and its folders. Without --deep, it opens no image and no model."""
     from carft_ray.recipe.loading import dump_recipe, recipe_hash
 
-    value = common.load(recipe, set_)
+    value = common.load(recipe, set_, method)
     if deep:
         from carft_ray.data.cache import cache_dir
         from carft_ray.data.copies.shared_images import find_shared, shared_lines
@@ -178,4 +183,4 @@ def validate(
         sys.stdout.write(dump_recipe(value))
     else:
         console.say(f"{recipe} is valid.")
-        console.next_step(common.begin_line(value, recipe, set=set_))
+        console.next_step(common.begin_line(value, recipe, method=method, set=set_))

@@ -29,6 +29,9 @@ def confirm(
     against: Annotated[
         list[str] | None, Option(help="Study whose winner becomes another baseline; repeatable.")
     ] = None,
+    no_ablation: Annotated[
+        bool, Option("--no-ablation", help="Do not train the winner's values without penalties.")
+    ] = False,
     notify_url: common.NotifyUrlOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
@@ -40,18 +43,21 @@ def confirm(
     """
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
     again, chosen_anew = (
-        common.command_line("confirm", study, **{**given, "winner": one}, **shared) for one in (winner, "confirmed")
+        common.command_line("confirm", study, **{**given, "winner": one}, no_ablation=no_ablation, **shared)
+        for one in (winner, "confirmed")
     )
     shared["overrides"] = common.overrides_of(None, shared)
     from carft_ray.api import actions
 
-    found = actions.confirm(study, **given, **shared, notify_url=notify_url, progress=not json_, resume_command=again)
+    shared |= {"ablation": not no_ablation, "notify_url": notify_url, "resume_command": again}
+    found = actions.confirm(study, **given, **shared, progress=not json_)
     summary = found.numbers
     if console.print_json(summary, json_):
         return
     console.show(found.tables[0])
     console.say("\n" + "\n".join(found.lines))
-    if summary["better_than_winner"] and winner == "search":
+    candidates = {row["name"] for row in summary["rows"] if row["role"] == "candidate"}
+    if candidates & {*summary["better_than_winner"]} and winner == "search":
         console.next_step(chosen_anew)
     else:
         common.suggest(study, "confirm", changed=True)

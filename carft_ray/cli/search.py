@@ -79,13 +79,14 @@ def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None
 def search(
     recipe: common.RecipeArgument,
     study: Annotated[str, Option(help="Study directory, or s3://BUCKET/STUDY; an existing one is resumed.")],
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
     """Search for the best hyperparameters. Run the same command again to resume."""
     from carft_ray.api import actions
 
-    _search(functools.partial(actions.search, recipe, study), study, set_, **shared)
+    _search(functools.partial(actions.search, recipe, study), study, set_, method=method, **shared)
 
 
 @command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
@@ -146,6 +147,7 @@ def plan(
     study: Annotated[
         str | None, Option(help="Directory of the future study; the short trainings run next to it.")
     ] = None,
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
@@ -168,7 +170,7 @@ def plan(
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "cannot be used with --price-per-gpu-hour: give one price"))
-    value = common.load(recipe, set_, executor, num_workers)
+    value = common.load(recipe, set_, method, executor, num_workers)
     if problems := check_searchable(value):
         raise RecipeError(problems)
     if own := own_functions(value):
@@ -196,7 +198,7 @@ def plan(
     console.say(f"Estimated from short trainings. Left out: {', '.join(found['left_out'])}.")
     if found["budget"]:
         console.say(found["budget"])
-    given = {"set": set_, "executor": executor, "num_workers": num_workers, "address": address}
+    given = {"method": method, "set": set_, "executor": executor, "num_workers": num_workers, "address": address}
     console.next_step(common.begin_line(value, recipe, study, **given))
 
 

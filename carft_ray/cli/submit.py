@@ -46,6 +46,7 @@ def submit(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print everything that would be sent, and send nothing.")
     ] = False,
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
@@ -69,6 +70,9 @@ def submit(
         raise UsageError(Problem("submit", f"needs {what} as well, or --resume STUDY instead"))
     if recipe is not None and trials is not None:
         raise UsageError(Problem("--trials", "can only be used with --resume", next_step="Use --set search.trials=N."))
+    if recipe is None and method is not None:
+        raise UsageError(Problem("--method", "can only be used with a recipe"))
+    shared["method"] = method
     overrides = common.overrides_of(set_, shared)
     shared["warm_start"] = [absolute(place) for place in shared["warm_start"] or ()]
     words = common.option_words(trials=trials, **shared)

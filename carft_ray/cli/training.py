@@ -15,12 +15,14 @@ from carft_ray.ui import console
 def train(
     recipe: common.RecipeArgument,
     out: Annotated[str, Option(help="Folder of the training, or s3://BUCKET/NAME.")],
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
     """Fine-tune once and measure the alpha curve on the validation sets."""
+    shared["method"] = method
     again = f"{common.command_line('train', recipe, set=set_, out=out, **shared)} --resume"
     overrides = common.overrides_of(set_, shared)
     from carft_ray.api import actions

@@ -19,6 +19,7 @@ from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.files import is_address
 from carft_ray.recipe import yaml
 from carft_ray.recipe.messages import Places, apply_overrides, at, problems_in, shown
+from carft_ray.recipe.methods import METHOD, with_method
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schema.fields import Config, PathIn, path_in
 from carft_ray.recipe.schema.model import LOCAL_DIR, is_weights_path
@@ -42,7 +43,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), reads: Reads = reads_
 
     Args:
         path: The YAML file.
-        overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last.
+        overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last; or
+            ``method=NAME``, the keys of a method (``recipe.methods``).
         reads: Called before a file of templates is read, which becomes part of the recipe; may refuse it. None: no file
             is read, because only a recipe of the user's own names them.
 
@@ -96,6 +98,10 @@ def _plain(value: Any) -> Any:
 
 def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path, reads: Reads) -> Recipe:
     """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
+    named = [text for text in overrides if keys_of([text]) == [METHOD]]
+    overrides = [text for text in overrides if text not in named]
+    if named:
+        value = with_method(value, str(yaml.parse(named[-1].partition("=")[2], "--method").value), overrides)
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError(places.placed(unwritable))

@@ -18,7 +18,7 @@ from carft_ray.recipe.messages import train_problems
 from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
-from carft_ray.results.confirmation import read_plan, whole_rows
+from carft_ray.results.confirmation import TRIALS, read_plan, whole_rows, without_penalties
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines
@@ -197,13 +197,15 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     done = ended >= last.trainings().keys()
     best = view.best.name if view.best is not None else ""
     if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
-        top = sum(row.role != "baseline" for row in first.rows)
+        top = sum(row.role in TRIALS for row in first.rows)
         twice = " --winner confirmed" if second is not None and first.winner == best else ""
         whole = {row.role for row, _ in whole_rows(last, view.confirmations)}
         if done and first.winner == best and "winner" not in whole:  # it has failed
             if "candidate" not in whole:
                 return []
             twice = " --winner confirmed"
+        if all(row.role != "ablation" for row in first.rows) and without_penalties(view.recipe, first.rows[0]):
+            twice += " --no-ablation"
         return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}{trust}"]
     if view.recipe.data.id_test is None:
         return []

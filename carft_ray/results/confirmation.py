@@ -11,7 +11,7 @@ seeds is gone, that of the images is not. `test` has new images.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,12 @@ from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
+from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import PENALTIES
+from carft_ray.recipe.space import apply
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.intervals import values_by_seed
@@ -40,7 +42,9 @@ from carft_ray.study.warm_start import source_id
 from carft_ray.words import counted, times
 
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
-Role = Literal["winner", "candidate", "baseline"]
+Role = Literal["winner", "candidate", "baseline", "ablation"]
+TRIALS = ("winner", "candidate")  # roles of trials of the search
+AT_ONE = ", alpha 1"  # behind the name of a baseline that is there once more
 LABEL = "validation images, fresh seeds"
 
 
@@ -50,12 +54,13 @@ class PlanRow:
 
     Attributes:
         name: For people; unique.
-        role: The winner, another of the top, or a baseline.
+        role: The winner, another of the top, a baseline, or the winner without penalties.
         training: Name of its trainings less the seed; None: the zero-shot model.
         alpha: Its mixing coefficient.
         values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
             training is evaluated there and on the whole grid, at every point of the front that it may get.
-        objective: That of the search, one training on the study's seed.
+        objective: That of the search, one training on the study's seed; 0 of an ablation, which has none.
+        chosen_from: Number of trainings that it is the best of.
     """
 
     name: str
@@ -64,6 +69,7 @@ class PlanRow:
     alpha: float
     values: dict[str, Any]
     objective: float
+    chosen_from: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,12 @@ def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
 
 
 def first_stage(
-    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = (), known: Sequence[PlanRow] = ()
+    view: Overview,
+    top: int,
+    num_seeds: int,
+    against: Sequence[Overview] = (),
+    known: Sequence[PlanRow] = (),
+    ablation: bool = True,
 ) -> Stage:
     """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
 
@@ -120,6 +131,7 @@ def first_stage(
         num_seeds: Fresh seeds of each.
         against: Studies of the same model, data and objective, for instance of plain fine-tuning.
         known: Rows of an earlier call, whose names are taken.
+        ablation: Train the winner without penalties, too, where it has some (``without_penalties``).
 
     Raises:
         NoSuccessfulTrialError: A study has no finished trial.
@@ -127,14 +139,16 @@ def first_stage(
     """
     best = require_finished(view.study_dir, view.best)
     ranked = [row for row in best_first(view.trials) if row.objective is not None and row.violation <= best.violation]
-    rows = [_plan_row(row, "candidate" if index else "winner") for index, row in enumerate(ranked[:top])]
+    tried = view.num_finished
+    rows = [_plan_row(row, "candidate" if index else "winner", tried) for index, row in enumerate(ranked[:top])]
+    rows += without_penalties(view.recipe, rows[0]) if ablation else []
     for row in view.baselines:
         if row.objective is None:
             continue
-        rows.append(_plan_row(row, "baseline"))
+        rows.append(_plan_row(row, "baseline", int(row.name != ZERO_SHOT)))
         at_one = view.result(row).get("fine_tuned", {}).get("objective")
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
-            rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
+            rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=float(at_one)))
     for other in against:
         rival = _rival(view, other, (*known, *rows))
         rows += [] if rival in rows else [rival]  # a study that is given twice is one
@@ -150,11 +164,15 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
         recipe: The study's recipe.
     """
     rows = [replace(row, role="winner") for row in first.rows if row.name == chosen]
+    if any(row.role == "ablation" for row in first.rows):
+        rows += without_penalties(recipe, rows[0])
     rows += [row for row in first.rows if row.role == "baseline"]
     return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
 
 
-def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> tuple[Stage, list[str]]:
+def plan(
+    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = (), ablation: bool = True
+) -> tuple[Stage, list[str]]:
     """Returns the first stage with what this call asks for, and notes for the user.
 
     What an earlier call has asked for stays: rows are added and seeds appended. When the search has continued and found
@@ -166,17 +184,20 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
         top: As ``first_stage``.
         num_seeds: As ``first_stage``.
         against: As ``first_stage``.
+        ablation: As ``first_stage``.
     """
     notes = [
         f"the test sets of {other.study_dir} were read {times(number)}; this also counts for this study"
         for other in against
         if (number := num_test_reads(other.study_dir, other.log))
     ]
+    if ablation and view.recipe.train.function is not None:
+        notes.append("no ablation: the fine-tuning is your own function, which carft-ray cannot run without penalties")
     stages = read_plan(view.study_dir)
     if stages is None:
-        return first_stage(view, top, num_seeds, against), notes
+        return first_stage(view, top, num_seeds, against, ablation=ablation), notes
     before = stages[0]
-    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against, before.rows)
+    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against, before.rows, ablation)
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds already exist; all of them are used")
     if first.winner != before.winner:
@@ -272,11 +293,24 @@ def _stage(content: Mapping[str, Any]) -> Stage:
     return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
 
 
-def _plan_row(row: TrialRow, role: Role) -> PlanRow:
+def without_penalties(recipe: Recipe, winner: PlanRow) -> list[PlanRow]:
+    """Returns a row that differs from the winner in its penalties alone, all 0: what they contribute.
+
+    None where the winner has no penalties, or its trainings are the user's own.
+    """
+    train = apply(recipe, {name: value for name, value in winner.values.items() if name != "alpha"}).train
+    weights = {name: 0 for name in PENALTIES if getattr(train, name)}
+    if not weights or train.function is not None:
+        return []
+    row = replace(winner, name=f"{winner.name}, no penalties", role="ablation", values=winner.values | weights)
+    return [replace(row, training=f"{winner.training}-no-penalties", objective=0.0, chosen_from=1)]
+
+
+def _plan_row(row: TrialRow, role: Role, chosen_from: int) -> PlanRow:
     training = None if row.name == ZERO_SHOT else row.name
     left_out = ("seed",) if row.standing else ("alpha", "seed")
     values = {name: value for name, value in row.values.items() if name not in left_out}
-    return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
+    return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0, chosen_from)
 
 
 def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
@@ -296,7 +330,8 @@ def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
         values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
     training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
-    row = replace(_plan_row(replace(best, values=values), "baseline"), name=name, training=training)
+    row = _plan_row(replace(best, values=values), "baseline", other.num_finished)
+    row = replace(row, name=name, training=training)
     if any(each.name == name and each.values != row.values for each in rows):  # of a folder with the same name
         number = source_id(other.study_dir)
         row = replace(row, name=f"{name} {number}", training=f"{training}-{number}")
@@ -322,7 +357,7 @@ def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
     means = {
         row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, row))))
         for row, trainings in whole_rows(stage, confirmations(study_dir))
-        if row.role != "baseline"
+        if row.role in TRIALS
     }
     if not means:
         rule = "at least one of the trials must train with all fresh seeds"
@@ -352,6 +387,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         step = "Confirm the next best: with --winner confirmed, it chooses among those that train."
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
+    whole = [each for row, trainings in whole for each in _at_its_own_alpha(study_dir, spec, row, trainings)]
     found = compare(
         spec,
         {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole},
@@ -363,6 +399,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
     )
     for (row, _), each in zip(whole, found["rows"], strict=True):
         each |= {"role": row.role, "alpha": row.alpha, "seeds": each["objective"]["num_seeds"] if row.training else 0}
+        each["chosen_from"] = row.chosen_from
     content = {
         **found,
         "seeds": list(stage.seeds),
@@ -374,6 +411,34 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
     return content
 
 
+def _at_its_own_alpha(
+    study_dir: Path, spec: ObjectiveSpec, row: PlanRow, trainings: list[TrialRow]
+) -> Iterator[tuple[PlanRow, list[TrialRow]]]:
+    """Yields a row with its trainings; an ablation again at the alpha with the best mean over these seeds and images.
+
+    That choice favours the ablation: what the penalties contribute is then not overstated.
+    """
+    yield row, trainings
+    if row.role == "ablation":
+        grid = alphas(read_predictions(file_of(study_dir, trainings[0], PREDICTIONS)), spec.id_set)
+        rows = [replace(row, name=f"{row.name}, its own alpha", alpha=alpha) for alpha in grid if alpha]
+        means = [np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, each))) for each in rows]
+        own = rows[int(np.argmax(means))]
+        if own.alpha != row.alpha:
+            yield own, trainings
+
+
+def chosen_from_lines(content: Mapping[str, Any]) -> list[str]:
+    """Returns a line on how many trainings each configuration of the headline's comparison is the best of."""
+    compared = [row for row in content["rows"] if row["role"] in ("winner", "baseline")]
+    numbers = {row["name"]: row.get("chosen_from", 0) for row in compared if not row["name"].endswith(AT_ONE)}
+    numbers = {name: number for name, number in numbers.items() if number}  # the zero-shot model has none
+    if len({*numbers.values()}) < 2:
+        return []
+    shown = ", ".join(f"{name} ({number})" for name, number in numbers.items())
+    return [f"They are the best of different numbers of trainings: {shown}."]
+
+
 def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     """Returns the content of ``confirm/summary.json`` as lines of text, without its rows."""
     twice = "The winner was chosen on other fresh seeds, not on these."
@@ -383,6 +448,7 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
         *([twice] if content["chosen_by"] == "confirm" else []),
         *(f"Failed, and not compared: {line}." for line in content["failed"]),
         *comparison_lines(content),
+        *chosen_from_lines(content),
         *([] if content["rows"][0]["ood_accuracy"] else ["Selected on ID only: the recipe has no ood_val."]),
     ]
 

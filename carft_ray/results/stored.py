@@ -19,7 +19,7 @@ from carft_ray.evaluation.predictions import (
     sample_ids,
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
-from carft_ray.results.confirmation import read_plan, row_correct, whole_rows
+from carft_ray.results.confirmation import TRIALS, read_plan, row_correct, whole_rows
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 from carft_ray.study.training import TrialRow, file_of
@@ -81,7 +81,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str,
         (row.name, row_correct(study_dir, spec, trainings, row))
         for stage in stages
         for row, trainings in whole_rows(stage, trained)
-        if row.role != "baseline"
+        if row.role in TRIALS
     ]
 
 

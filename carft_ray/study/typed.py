@@ -162,6 +162,7 @@ class PlanRow(_Strict):
     alpha: Share
     values: dict[str, Any]
     objective: Number
+    chosen_from: Count
 
 
 class Stage(_Strict):
@@ -197,6 +198,7 @@ class Row(_Strict):
     name: Words
     role: Words
     alpha: Share | None = None
+    chosen_from: Count = 0
     objective: Interval
     id_accuracy: Interval
     ood_accuracy: Interval | None

@@ -1,0 +1,156 @@
+"""Each method searched with the same number of trainings, on any images: ``python -m benchmarks.methods RECIPE``
+
+What a user would run, by the command line:
+
+    search    the recipe once per method (``--method``), over the same range of learning rates, with alpha
+    confirm   the winner of the first method, those of the others and the first study's baselines, with fresh seeds
+    test      all of them on id_test and ood_test, once, at the alphas that validation chose
+
+It prints a table in Markdown, writes it to ``--out`` with all numbers and draws it. Everything is kept there: a run
+that was killed continues with the same command, and a finished one is only printed again. Like ``carft-ray test``, and
+unlike every search and training, it **reads the test sets**.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.effect_figure import Estimate, effect_figure
+from carft_ray import environment, files
+from carft_ray.errors import CarftError, Problem, UsageError
+from carft_ray.recipe.loading import load_recipe, recipe_hash
+from carft_ray.recipe.methods import methods
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.ui import console
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "methods"
+NUM_SEEDS = 5
+SUMMARY = Path("test") / "summary.json"
+COLUMNS = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
+
+
+def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[str], num_seeds: int = NUM_SEEDS) -> int:
+    """Runs what is missing, prints the table and draws the figure; returns the exit code of what failed, else 0.
+
+    Args:
+        recipe_path: Its test sets are read.
+        out: Folder of the studies, the table and the figure.
+        settings: Over the recipe, ``key=value``.
+        names: Of the methods; the first one's winner is compared with those of the others.
+        num_seeds: Fresh seeds of each winner.
+
+    Raises:
+        UsageError: The recipe has no test sets, or searches no key that all methods have.
+        RecipeError: It breaks rules.
+    """
+    recipe = load_recipe(recipe_path, settings)
+    for name in names:
+        check(load_recipe(recipe_path, [f"method={name}", *settings]), recipe_path)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_text(out / ".gitignore", "*\n")
+    changed = [word for setting in settings for word in ("--set", setting)]
+    studies = {name: str(out / name) for name in names}
+    first, *others = studies.values()
+    commands = []
+    for name, study in studies.items():
+        more = [] if study == first else ["--set", "search.baselines={}"]  # those of the first study are enough
+        commands.append(("search", str(recipe_path), "--study", study, "--method", name, *changed, *more))
+    against = [word for study in others for word in ("--against", study)]
+    commands.append(("confirm", first, "--top", "1", "--seeds", str(num_seeds), *against))
+    commands.append(("test", first))
+    began = time.monotonic()
+    for words in () if (Path(first) / SUMMARY).exists() else commands:
+        print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
+        if done.returncode:
+            return done.returncode
+    summary = files.read_json(Path(first), str(SUMMARY))
+    confirmed = files.read_json(Path(first), "confirm/summary.json")
+    shown = [*markdown(summary, confirmed), "", f"{summary['headline']}"]
+    files.write_text(out / "methods.md", "\n".join(shown) + "\n")
+    about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
+    about["this_call_s"] = round(time.monotonic() - began, 1)
+    files.write_json(out / "methods.json", {**about, "test": summary, "confirm": confirmed})
+    print("\n".join(shown))
+    below = f"test sets; 95 % intervals, {len(summary['seeds'])} seeds"
+    synthetic = recipe.data.train.source == "sandbox"
+    effect_figure(
+        estimates(summary), out / "methods.png", out / "methods.svg", recipe.name, words=below, synthetic=synthetic
+    )
+    return 0
+
+
+def check(recipe: Recipe, path: Path) -> None:
+    """Checks that a recipe has test sets, and something to search besides the keys of methods.
+
+    Raises:
+        UsageError: It has not.
+    """
+    problems = []
+    if not recipe.search.space:
+        problems.append(Problem(f"{path}: search.space", "must have a parameter besides those of methods", "none"))
+    if recipe.data.id_test is None:
+        problems.append(Problem(f"{path}: data.id_test", "must be a set: this benchmark reads test sets", "none"))
+    if problems:
+        raise UsageError(problems)
+
+
+def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any]) -> list[str]:
+    """Returns the rows of ``test/summary.json`` as a Markdown table, accuracies in percent with 95 % intervals."""
+    differences = {each["other"]: each for each in summary["baselines"]}
+    trainings = {row["name"]: row["chosen_from"] for row in confirmed["rows"]}
+    titles = ["", "best of", "alpha", *COLUMNS.values(), "the first minus this", "p"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in summary["rows"]:
+        cells = [row["name"].replace("_", " "), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
+        cells += [_cell(row[name]) for name in COLUMNS]
+        other = differences.get(row["name"])
+        cells += [_cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def estimates(summary: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Returns the accuracies of the rows for the figure: ID, OOD mean, and each OOD test set."""
+    found = {}
+    for row in summary["rows"]:
+        ood = {name: each for name, each in row["sets"].items() if name != "id_test"}
+        columns = {"ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"], **ood}
+        found[row["name"].replace("_", " ")] = {
+            name: Estimate(each["mean"], *each["ends"]) for name, each in columns.items() if each is not None
+        }
+    return found
+
+
+def _cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:
+    if found is None:
+        return ""
+    mean, low, high = (100 * value for value in (found["mean"], *found["ends"]))
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of what failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description="Methods, searched equally.")
+    parser.add_argument("recipe", type=Path, help="with test sets, which are read")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the recipe")
+    parser.add_argument("--out", type=Path, help=f"where studies and numbers are kept ({OUT}/NAME OF THE RECIPE)")
+    parser.add_argument("--methods", default=",".join(["car_ft", *(name for name in methods() if name != "car_ft")]))
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="fresh seeds of each winner (%(default)s)")
+    given = parser.parse_args(argv)
+    try:
+        out = (given.out or OUT / given.recipe.stem).resolve()
+        return run(given.recipe.resolve(), out, given.set, given.methods.split(","), given.seeds)
+    except CarftError as error:
+        console.show_error(error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
