@@ -49,7 +49,7 @@ from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
-from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.training.shared_inputs import load_shared_inputs
 from carft_ray.untrusted import visible
 from carft_ray.words import counted, times
 
@@ -251,39 +251,29 @@ def _evaluate(
     """
     set_up(recipe)
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
+    clip, batch_size = inputs.clip, recipe.evaluate.batch_size
     paths = {name: folder / f"{name}.parquet" for name in runs}
-    sets = []
+    sets: list[ImageSet] = []
     if not all(path.exists() for path in paths.values()):
-        clip, cache, limit_gb = inputs.clip, cache_dir(recipe), recipe.data.cache_gb
-        for source in sources:
-            images = image_set(source, clip.to_input, clip.input_key, cache, limit_gb=limit_gb)
-            sets.append(dataclasses.replace(images, name=source.name))
+        cache, limit_gb = cache_dir(recipe), recipe.data.cache_gb
+        sets += [image_set(each, clip.to_input, clip.input_key, cache, limit_gb=limit_gb) for each in sources]
+
+    def predicted(row: TrialRow | None, alphas: Sequence[float]) -> pa.Table:
+        """Returns the predictions of a training, or of the zero-shot model (None)."""
+        if row is None:
+            heads = load_tensors(files.inside(study_dir, f"{PREPARED}/{HEADS}"))
+            classifier = build_classifier(clip, heads["class_head"], recipe.train, device_of(recipe))
+            return predict_all(classifier, sets, 0.0, batch_size, RunContext())
+        with open_run(study_dir, row, recipe, row.name).mixtures() as mixed:
+            return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
+
     tables: dict[str, pa.Table] = {}
     for number, (name, alphas) in enumerate(runs.items(), start=1):
         path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
         say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
         if not path.exists():
-            table = _predict(study_dir, recipe, inputs, trained.get(name), alphas, sets)
+            table = predicted(trained.get(name), alphas)
             log.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
     return tables
-
-
-def _predict(
-    study_dir: Path,
-    recipe: Recipe,
-    inputs: SharedInputs,
-    row: TrialRow | None,
-    alphas: Sequence[float],
-    sets: Sequence[ImageSet],
-) -> pa.Table:
-    """Returns the predictions of a training, or of the zero-shot model (None)."""
-    batch_size = recipe.evaluate.batch_size
-    if row is None:
-        heads = load_tensors(files.inside(study_dir, f"{PREPARED}/{HEADS}"))
-        classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
-        return predict_all(classifier, sets, 0.0, batch_size, RunContext())
-    trained = open_run(study_dir, row, recipe, row.name)
-    with trained.mixtures() as mixed:
-        return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])

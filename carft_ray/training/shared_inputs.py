@@ -1,6 +1,5 @@
 """What every training of a study shares: model, prompts, training set, decoded validation sets."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,11 +87,11 @@ def load_shared_inputs(
         elif isinstance(train, StoredSource | CorruptedSource) and _is_packed(recipe, train, folder):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
 
-        def decoded(name: str) -> ImageSet:
-            found = image_set(sources[name], clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)
-            return dataclasses.replace(found, name=name)
-
-        validation = tuple(decoded(name) for name in sources if name != TRAIN)
+        validation = tuple(
+            image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)
+            for name, source in sources.items()
+            if name != TRAIN
+        )
         names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
         key = json.dumps([clip.weights_hash, names, prompts, [source.identity for source in sources.values()]])
         _loaded.clear()
