@@ -304,6 +304,13 @@ def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_
     with_function(load_recipe(EXAMPLES / "own_trainer.yaml", [DEBUG]), lambda values, context: lock)
 
 
+def test_a_function_from_python_is_refused_with_a_linear_probe_in_one_message(tmp_path):
+    recipe = load_recipe(EXAMPLES / "own_trainer.yaml", ["train.function=null", "train.probe_epochs=2"])
+    with pytest.raises(RecipeError, match=r"train\.probe_epochs: must be left out with function") as raised:
+        carft_ray.search(recipe, tmp_path / "study", train=lambda values, context: {})
+    assert len(raised.value.problems) == 1
+
+
 OUTCOMES = [
     ("raises", "error", "ZeroDivisionError: of mine"),
     ("exits", "error", "RuntimeError: train.function called sys.exit(3)"),

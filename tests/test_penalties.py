@@ -1,4 +1,5 @@
-"""The penalties beside the KL of the contexts: formulas and limit cases, splits, resume, random texts."""
+"""The penalties beside the KL of the contexts, moving teachers and the linear probe: formulas, limit cases, splits,
+resume, random texts."""
 
 import contextlib
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ArraySource
 from families import FAMILIES, make_folder
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import log_softmax, softmax
 from scipy.stats import beta
@@ -16,6 +18,7 @@ from test_loop import CPU, clip_and_heads, largest_difference, settings, unit, w
 from test_lost import gloo
 from tiny import load_folder
 
+from carft_ray.data.views import permutation
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.lora import LowRank
@@ -25,8 +28,11 @@ from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig
 from carft_ray.results.page.data import method_of
 from carft_ray.training import loop, targets
+from carft_ray.training.evaluate import Mixtures
+from carft_ray.training.linear_probe import probe
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.losses import Loss
+from carft_ray.training.optimizer import learning_rate_at
 from carft_ray.training.penalties import Anchor, RandomTexts, Reference, feature_sums, share_at
 from carft_ray.training.run_context import RunContext
 
@@ -39,6 +45,7 @@ EACH = [
     {**ALL, "penalty_schedule": "linear_to_zero"},
     {**ALL, "teacher": "average"},
     {"kl_weight": 2.0, "teacher": "average", "lora_rank": 2, "ema_decay": 0.8, "freeze_layers": 1},
+    {"kl_weight": 2.0, "probe_epochs": 2, "ema_decay": 0.8, "head_bias": True},
 ]
 
 
@@ -250,6 +257,7 @@ def test_a_training_that_stops_and_resumes_ends_with_the_same_bits(
 
 
 TWO = {**ALL, "penalty_schedule": "linear_to_zero", "teacher": "average", "precision": "fp64", "batch_size": 40}
+TWO["probe_epochs"] = 2
 NUM_IMAGES = 41  # the last batch has one image, so one of two workers has none
 
 
@@ -346,6 +354,73 @@ def test_a_moving_teacher_changes_neither_l2_sp_nor_a_training_without_a_penalty
     for values in ({}, {"l2_sp_weight": 0.5}):
         ends = [fine_tune(tiny_clip, *heads, source, penalised(**values, teacher=t)) for t in ("frozen", "average")]
         assert largest_difference(*ends) == 0.0
+
+
+PROBE = {"probe_epochs": 3, "batch_size": 16, "label_smoothing": 0.1, "weight_decay": 0.3, "precision": "fp64"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"head_bias": True, "decay": "matrices", "clip_norm": 0.1}, {"head_bias": True, "head_lr_factor": 0.0}],
+)
+def test_a_linear_probe_trains_the_head_alone_as_torch_does(clip64, heads64, values):
+    images, train = ArraySource(size=20), penalised(**PROBE, **values)
+    images.labels.flags.writeable = False  # as those of a real set
+    model = clip64.model.visual
+    seen = [clip64.to_input(Image.fromarray(pixels)) for pixels in images.images]
+    pixels = torch.from_numpy(np.stack([np.asarray(each) for each in seen])).permute(0, 3, 1, 2).double() / 255
+    mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (clip64.mean, clip64.std))
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(model((pixels - mean) / std), dim=-1)
+    head = torch.nn.Linear(16, 5, bias=train.head_bias, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(clip64.logit_scale * heads64[0])
+        if train.head_bias:
+            head.bias.zero_()
+    groups = [
+        {"params": [each], "weight_decay": 0.3 if each.ndim > 1 or train.decay == "all" else 0.0}
+        for each in head.parameters()
+    ]
+    optimizer, labels = torch.optim.AdamW(groups), torch.tensor(images.labels)
+    steps = [rows for epoch in range(3) for rows in np.split(permutation(train.seed, epoch, 40), [16, 32])]
+    for step, rows in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, 1e-3, 0, 9)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features[rows]), labels[rows], label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), train.clip_norm)
+        optimizer.step()
+    classifier = build_classifier(clip64, heads64[0], train, CPU)
+    start = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    asked = []
+    probe(classifier.train(), clip64, images, train, RunContext(), 7, 2, lambda: asked.append(1))
+    assert len(asked) == 6 + 3
+    found = classifier.state_dict()
+    assert torch.allclose(found.pop("class_head"), head.weight.detach(), rtol=0, atol=1e-11)
+    if train.head_bias:
+        assert torch.allclose(found.pop("class_bias"), head.bias.detach(), rtol=0, atol=1e-11)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in found.items())
+    # a training that hardly moves ends with that head, and so does its average
+    still = train.model_copy(update={"learning_rate": 1e-300, "ema_decay": 0.9, "lora_rank": 2})
+    end = fine_tune(clip64, *heads64, images, still)
+    assert torch.allclose(end["class_head"], head.weight.detach(), rtol=0, atol=1e-11)
+
+
+def test_a_linear_probe_can_be_stopped_and_changes_neither_schedule_nor_zero_shot(tiny_clip, heads, source, tmp_path):
+    rows = {}
+    for epochs in (0, 2):
+        rows[epochs] = []
+        train = settings(probe_epochs=epochs, grad_checkpointing=True)
+        fine_tune(tiny_clip, *heads, source, train, RunContext(report=rows[epochs].append))
+    for name in ("step", "num_steps", "epoch", "learning_rate"):
+        assert [row[name] for row in rows[0]] == [row[name] for row in rows[2]]
+    assert rows[2][0]["ce"] < rows[0][0]["ce"]
+    mixtures = [Mixtures(tiny_clip, heads[0], settings(probe_epochs=epochs), CPU).zero_shot for epochs in (0, 2)]
+    assert largest_difference(*mixtures) == 0.0
+    stops = RunContext(should_stop=lambda: True)
+    with pytest.raises(StoppedRun, match="stopped on request in the linear probe"):
+        fine_tune(tiny_clip, *heads, source, settings(probe_epochs=1), stops, checkpoint_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_random_texts_depend_on_seed_and_step_alone(tiny_clip):

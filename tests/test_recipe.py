@@ -52,6 +52,7 @@ BRACES = "must contain {} once, for the class, and no other brace, but got "
 GPUS = "must be a whole number above 1, and with several workers, but got "
 ALPHA_MODE = "search.alpha.mode: must be sample if alpha is in search.space, else profile, but got "
 LOWEST = "must be at least search.alpha.lowest, 0.1, but got "
+NO_PROBE = "must be left out with function: only the built-in loop has it\n"
 CUTS_NOTHING = "search.pruner.name: needs an intermediate value between search.pruner.first and the last epoch"
 DEEP = ": must have less nesting and fewer repeated aliases"
 TAG = "must be a plain value without a tag, but got tag:yaml.org,2002:"
@@ -74,6 +75,9 @@ BAD = [
     ("train: {learning_rate: 0}", ":9: train.learning_rate: must be greater than 0, but got 0"),
     ("train: {learning_rate: .inf}", ":9: train.learning_rate: must be a finite number, but got .inf"),
     ("train: {kl_weight: -1}", ":9: train.kl_weight: must be at least 0, but got -1"),
+    ("train: {function: 'a:b', probe_epochs: 5}", f":9: train.probe_epochs: {NO_PROBE}"),
+    ("train: {function: 'a:b'}\nsearch: {space: {probe_epochs: {low: 0, high: 5}}}", f"space.probe_epochs: {NO_PROBE}"),
+    ("search: {baselines: {x: {function: 'a:b', probe_epochs: 2}}}", f"baselines.x.probe_epochs: {NO_PROBE}"),
     ("train: {penalty_schedule: linear}", f"{ONE_OF}\"linear\"; did you mean 'linear_to_zero'? (allowed: constant, "),
     ("train: {alpha: 1.5}", ":9: train.alpha: must be at most 1, but got 1.5"),
     # words

@@ -289,7 +289,7 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
 
     Raises:
         UsageError: The recipe names code, in ``train`` or a baseline, that was neither given nor is trusted.
-        RecipeError: It cannot be imported or called.
+        RecipeError: It cannot be imported or called, or the recipe asks for a linear probe before it.
     """
     if train is None:
         require_trusted(recipe, trust)
@@ -298,8 +298,12 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
         return recipe, RUNNER
     require_trusted(with_keys(recipe, train={"function": None}), trust)  # it is here; baselines may name others
     from carft_ray.launch.own_trainer import with_function
+    from carft_ray.recipe.rules import own_function_problems
 
-    return with_function(recipe, train)
+    named_here, runner = with_function(recipe, train)
+    if problems := list(own_function_problems(named_here)):
+        raise RecipeError(problems)
+    return named_here, runner
 
 
 @as_command

@@ -44,7 +44,7 @@ FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final on
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
-        *(_sets, _classes, _prompts, _space, _alpha, _baselines, _constraints),
+        *(_sets, _classes, _prompts, _space, _alpha, _baselines, own_function_problems, _constraints),
         *(_pruner, _resources, condition_problems, enqueue_problems, sampler_problems),
     )
     return [*model_problems(recipe.model), *(problem for rule in rules for problem in rule(recipe))]
@@ -210,6 +210,18 @@ def _baselines(recipe: Recipe) -> Iterator[Problem]:
         if name == "zero_shot":
             yield at(path, "must have another name: zero_shot is always shown, without training")
         yield from train_problems(values, path)
+
+
+def own_function_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Finds a linear probe before the user's own fine-tuning."""
+    train, search, name = recipe.train, recipe.search, "probe_epochs"
+    given: dict[KeyPath, dict[str, Any]] = {("search", "space"): {name: name in search.space}, ("train",): {}}
+    given |= {("search", "baselines", baseline): values for baseline, values in search.baselines.items()}
+    for path, values in given.items():
+        if values.get("function", train.function) is not None and values.get(name, train.probe_epochs):
+            step = "Your own function may train the class head first."
+            yield at((*path, name), "must be left out with function: only the built-in loop has it", next_step=step)
+            return  # the same again in every baseline
 
 
 def _constraints(recipe: Recipe) -> Iterator[Problem]:

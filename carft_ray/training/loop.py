@@ -38,6 +38,7 @@ from carft_ray.training.checkpoint import (
     newest_checkpoint,
     optimizer_tensors,
 )
+from carft_ray.training.linear_probe import probe
 from carft_ray.training.losses import Loss
 from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.training.out_of_memory import micro_batch_of
@@ -254,7 +255,7 @@ def fine_tune(
         num_threads: Threads that make views of source images.
 
     Raises:
-        StoppedRun: The context asked to stop; a checkpoint was written.
+        StoppedRun: The context asked to stop; a checkpoint was written, unless it was in the linear probe.
         DivergedError: The loss became infinite or not a number.
         StorageError: A checkpoint cannot be written.
         MachineError: A rank does not see the checkpoint that rank 0 has found.
@@ -276,6 +277,15 @@ def fine_tune(
     learner = _Learner(classifier, optimizer, average, teacher, train, context, writer, anchor)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
+    if train.probe_epochs and learner.step == 0:
+
+        def end_if_asked() -> None:
+            if from_rank_0(context, context.should_stop):
+                raise StoppedRun("stopped on request in the linear probe")
+
+        probe(classifier, clip, source, train, context, micro_batch, num_threads, end_if_asked)
+        if average:  # has begun with the zero-shot head
+            move_towards(average, trained_weights(classifier), 1.0)
     if train.compile is True:
         compile_tower(classifier, micro_batch, train.grad_checkpointing)
     model: nn.Module = classifier

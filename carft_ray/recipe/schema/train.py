@@ -116,6 +116,9 @@ class TrainConfig(Config):
     teacher: Literal["frozen", "average"] = key("frozen", "average", METHOD)
     """the model that the penalties, except for L2-SP, compare with: the frozen zero-shot model, or a running mean of
     this training's weights that starts there"""
+    probe_epochs: NonNegativeInt = key(0, 5, METHOD)
+    """epochs of a linear probe before the training (LP-FT): the class head alone, with learning rate 1e-3, on features
+    of the frozen image tower for the whole images; not with `function`"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
     """precision of the image tower's computation; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that supports
     it, else fp32; fp32 never uses TF32"""
