@@ -95,7 +95,7 @@ def call(argv):
             run_search(Plan(recipe, study_dir, runner=RUNNER))
         else:
             view = read_study(study_dir)
-            stage, _ = confirmation.plan(view, 1, 2)
+            stage, _ = confirmation.plan(view, 1, 2, ablation=False)
             fix = lambda study: confirmation.fix(study, view.recipe, stage, None)  # noqa: E731
             run_confirm(Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command"))
     except CarftError as error:

@@ -438,7 +438,8 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
 
 def confirm(study_dir, top=1):
     """Starts a confirm, with two seeds of the best trials and of the baseline."""
-    command = [sys.executable, "-m", "carft_ray.cli", "confirm", str(study_dir), "--top", str(top), "--seeds", "2"]
+    words = ["confirm", str(study_dir), "--top", str(top), "--seeds", "2", "--no-ablation"]
+    command = [sys.executable, "-m", "carft_ray.cli", *words]
     return started(command)
 
 
