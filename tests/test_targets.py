@@ -238,9 +238,9 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
 
 def test_templates_are_those_of_the_benchmark_that_is_named():
     mine = ("a {}", "the {}")
-    assert templates(PromptsConfig(templates=mine), ()) == mine
-    assert templates(PromptsConfig(templates="dtd"), ()) == BENCHMARKS["dtd"].templates
-    assert templates(PromptsConfig(templates="imagenet"), ()) == templates(PromptsConfig(templates="openai"), ())
+    assert templates(PromptsConfig(templates=mine)) == mine
+    assert templates(PromptsConfig(templates="dtd")) == BENCHMARKS["dtd"].templates
+    assert templates(PromptsConfig(templates="imagenet")) == templates(PromptsConfig(templates="openai"))
 
 
 @pytest.fixture

@@ -256,12 +256,8 @@ def confirm(
             say(confirmation.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
-
-                def fix(held: Any) -> Any:
-                    return confirmation.fix(held, recipe, first, second, others)
-
-                plan = Plan(recipe, study_dir, address, sent(shown), runner)
-                run_confirm(replace(plan, resume_command=resume_command, given=fix))
+                plan = Plan(recipe, study_dir, address, sent(shown), runner, resume_command=resume_command)
+                run_confirm(replace(plan, given=lambda held: confirmation.fix(held, recipe, first, second, others)))
 
         train_stage()
         if winner == "confirmed":

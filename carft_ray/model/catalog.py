@@ -85,9 +85,7 @@ def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]
         step = f"Write model.name: {LOCAL_DIR}{pretrained}, and leave model.pretrained out."
         return [Problem(place, "must be a weights file", f"the folder {path}", next_step=step)]
     if is_weights_path(pretrained):
-        siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        rule = "must be an existing weights file"
-        return [Problem(place, rule, str(path), nearest=nearest(str(path), siblings))]
+        return [Problem(place, "must be an existing weights file", str(path), nearest=_near(path))]
     rule, allowed = f"must be a tag of {written}, a weights file, or '{RANDOM}'", (RANDOM, *tags)
     step = f"Write the file as ./{pretrained}" if path.is_file() else ""
     return [Problem(place, rule, repr(pretrained), allowed, nearest(pretrained, allowed), step)]
@@ -157,6 +155,11 @@ def _other_activation(name: str) -> str | None:
     return other if {name, other} <= {*_open_clip().list_models()} else None
 
 
+def _near(path: Path) -> str | None:
+    """Returns the path of a file or folder next to one that is missing, with a similar name."""
+    return nearest(str(path), map(str, path.parent.glob("*")))  # of none, where there is no such folder
+
+
 def _check_folder(folder: Path) -> list[Problem]:
     if is_hugging_face_folder(folder):
         config = read_json(folder / HUGGING_FACE_CONFIG)
@@ -166,9 +169,8 @@ def _check_folder(folder: Path) -> list[Problem]:
             step = f"For other models give an open_clip folder: {OPEN_CLIP_CONFIG}, weights and tokenizer files."
             return [Problem("model.name", rule, f"model_type: {kind} in {folder}", next_step=step)]
     elif not folder.is_dir():
-        siblings = [str(other) for other in folder.parent.glob("*")] if folder.parent.is_dir() else []
         rule = "local-dir: must be followed by a folder that exists"
-        return [Problem("model.name", rule, str(folder), nearest=nearest(str(folder), siblings))]
+        return [Problem("model.name", rule, str(folder), nearest=_near(folder))]
     elif not (folder / OPEN_CLIP_CONFIG).is_file():
         rule = f"local-dir: needs a folder with {OPEN_CLIP_CONFIG}, or one with a CLIPModel of Hugging Face"
         return [Problem("model.name", rule, str(folder))]

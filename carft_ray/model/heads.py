@@ -24,6 +24,7 @@ from carft_ray import environment
 from carft_ray.data import cache
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.file_index import write_file
+from carft_ray.data.sandbox import TEMPLATES
 from carft_ray.errors import StorageError
 from carft_ray.model.classifier import at_least_float32
 from carft_ray.model.clip import Clip, model_key, tokenizer_hash
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
-def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
+def templates(prompts: PromptsConfig) -> tuple[str, ...]:
     """Returns the sentences with ``{}`` that a recipe's prompts name.
 
     'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
@@ -50,7 +51,7 @@ def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tup
     if prompts.templates in BENCHMARKS:
         return BENCHMARKS[prompts.templates].templates
     if prompts.templates == "sandbox":
-        return sandbox_templates
+        return TEMPLATES
     named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
     return tuple(template("{}") for template in named[prompts.templates])
 

@@ -24,7 +24,6 @@ from carft_ray.data.copies.shared_images import decide, shared_lines, without_sh
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, records, same_words
 from carft_ray.data.role_checks import check_roles, check_sets
-from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import list_set, open_source, plain_place, reader_of
 from carft_ray.data.source import Source
@@ -253,7 +252,7 @@ def _check_model(
     set_up(recipe)
     inputs = None if quick else load_shared_inputs(recipe)
     clip = load_clip(recipe.model) if inputs is None else inputs.clip
-    words, prompts = class_names(recipe), templates(recipe.prompts, SANDBOX_TEMPLATES)
+    words, prompts = class_names(recipe), templates(recipe.prompts)
     _judge_words(clip, words, prompts, found)
     heads = cached_heads(recipe, clip, words, prompts, device_of(recipe), say)
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped

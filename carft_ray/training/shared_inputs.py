@@ -14,7 +14,6 @@ from carft_ray.data.class_names import class_words
 from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TRAIN, open_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.model.clip import Clip, load_clip
@@ -92,7 +91,7 @@ def load_shared_inputs(
             for name, source in sources.items()
             if name != TRAIN
         )
-        names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
+        names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts)
         key = json.dumps([clip.weights_hash, names, prompts, [source.identity for source in sources.values()]])
         _loaded.clear()
         _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
