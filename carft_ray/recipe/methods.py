@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carft_ray.errors import Problem, UsageError, nearest
+from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 
 METHOD = "method"  # in the place of a key: the override that names one
@@ -59,9 +59,7 @@ def with_method(value: Any, name: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         UsageError: There is no such method, or an override sets a key of methods.
     """
-    if name not in methods():
-        known = tuple(methods())
-        raise UsageError(Problem("--method", "must be a method", repr(name), known, nearest(name, known)))
+    require_choice("--method", "must be a method", name, methods())
     keys = {text.partition("=")[0].strip() for text in overrides}
     set_twice = sorted(f"{part}.{own}" for part in ("train", "search.space") for own in OWN if f"{part}.{own}" in keys)
     if set_twice:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from carft_ray.errors import Problem, UsageError, nearest
+from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.recipe import yaml
 
 PACKAGED = Path(__file__).resolve().parents[1] / "search_spaces"
@@ -81,10 +81,7 @@ def preset_text(name: str, hold_out: str | None = None) -> str:
     tested = [domain for one in data.get("ood_test", {}).values() for domain in one.get("domains", ())]
     if len(tested) != 1 or len(trained) < 2:
         raise UsageError(Problem("--hold-out", f"the preset {name} leaves no domain out", repr(hold_out)))
-    if hold_out not in (*trained, *tested):
-        allowed = tuple(sorted((*trained, *tested)))
-        rule = f"must be a domain of {name}"
-        raise UsageError(Problem("--hold-out", rule, repr(hold_out), allowed, nearest(hold_out, allowed)))
+    require_choice("--hold-out", f"must be a domain of {name}", hold_out, sorted((*trained, *tested)))
     pair = {hold_out: tested[0], tested[0]: hold_out}
     pair |= {_set_name(one): _set_name(other) for one, other in pair.items() if _set_name(one) != one}
     words = "|".join(re.escape(word) for word in sorted(pair, key=len, reverse=True))

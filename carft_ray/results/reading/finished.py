@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from carft_ray import files
-from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, require_choice
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.recipe import Recipe
@@ -124,9 +124,7 @@ def _find(
     trial = None if trial is None else str(trial)
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
         known, name = {f"{CONFIRM}/{row.name}": row for row in rows["confirm"]}, trial.rstrip("/")
-        if name not in known:
-            rule = f"must be a training of {study_dir / CONFIRM}"
-            raise UsageError(Problem(place, rule, repr(trial), tuple(known), nearest(trial, known)))
+        require_choice(place, f"must be a training of {study_dir / CONFIRM}", name, known)
         return name, known[name]
     trained = [*rows["baseline"], *rows["trial"]]
     row = require_finished(study_dir, best_row(rows["trial"]) if trial is None else find_row(trained, trial, place))
