@@ -15,7 +15,7 @@ from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 
 METHOD = "method"  # in the place of a key: the override that names one
-OWN = (*PENALTIES, "penalty_schedule", "teacher")  # of ``train``: what tells one method from another
+OWN = (*PENALTIES, "penalty_schedule", "teacher", "probe_epochs")  # of ``train``: what tells one method from another
 
 
 @dataclass(frozen=True, kw_only=True)
