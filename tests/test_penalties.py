@@ -119,6 +119,18 @@ def test_limit_cases_of_the_features(arrays):
     assert sums_of(same, **weights)[0] == pytest.approx([0, 0, 0], abs=1e-25)
 
 
+def test_a_small_change_costs_half_the_variance_of_the_change_of_the_logits(arrays):
+    z0, change = arrays["z0"], np.random.default_rng(9).normal(size=(B, C))
+    p0, errors = softmax(z0, 1), []
+    for size in (1e-2, 1e-3):
+        dz = size * change
+        expected = ((p0 * dz**2).sum(1) - (p0 * dz).sum(1) ** 2).sum() / 2
+        [[found], _, _] = sums_of({**arrays, "z": z0 + dz}, class_kl_weight=1.0)
+        errors.append(abs(found / expected - 1))
+    assert errors[0] < 2e-2
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)  # the error falls with the change
+
+
 class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -204,6 +216,15 @@ def test_the_loss_of_a_row_is_the_weighted_sum_of_its_terms(clip64, heads64, sou
         terms = [share * ALL[name] * row[name.removesuffix("_weight")] for name in SCHEDULED]
         assert row["loss"] == pytest.approx(row["ce"] + sum(terms) + ALL["l2_sp_weight"] * row["l2_sp"], rel=1e-12)
     assert min(row["l2_sp"] for row in rows[1:]) > 0
+
+
+def test_a_large_weight_of_l2_sp_holds_the_tower_at_its_start(clip64, heads64, source):
+    found = []
+    for weight in (1e-9, 1e6):
+        rows, train = [], penalised(l2_sp_weight=weight, precision="fp64", batch_size=4)
+        fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append))
+        found.append(rows[-1]["l2_sp"])
+    assert found[1] < 0.1 * found[0]
 
 
 def test_with_l2_sp_only_the_head_decays(clip64, heads64, source):
@@ -361,7 +382,11 @@ PROBE = {"probe_epochs": 3, "batch_size": 16, "label_smoothing": 0.1, "weight_de
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"head_bias": True, "decay": "matrices", "clip_norm": 0.1}, {"head_bias": True, "head_lr_factor": 0.0}],
+    [
+        {},
+        {"head_bias": True, "decay": "matrices", "clip_norm": 0.1},
+        {"head_bias": True, "head_lr_factor": 0.0, "layer_decay": 0.7},
+    ],
 )
 def test_a_linear_probe_trains_the_head_alone_as_torch_does(clip64, heads64, values):
     images, train = ArraySource(size=20), penalised(**PROBE, **values)
