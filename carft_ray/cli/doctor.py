@@ -63,11 +63,8 @@ def doctor(
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
             stack.enter_context(cluster.running_ray(address, Path(folder) / RAY_LOG))
-        if json_:
-            found = examine(value, images or NUM_IMAGES, quick, memory_gb=memory_gb)
-        else:
-            with counting() as progress:
-                found = examine(value, images or NUM_IMAGES, quick, console.say, progress, memory_gb)
+        with counting() as progress:
+            found = examine(value, images or NUM_IMAGES, quick, say, progress, memory_gb)
         if address is not None:
             reports = checkup.ask_nodes(value, say)
             on_nodes = [*checkup.judge(reports, found), *checkup.check_collective(reports, value, say)]

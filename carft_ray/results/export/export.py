@@ -206,7 +206,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
 
 def usage(name: str, clip: Clip, has_bias: bool) -> str:
     """Returns how to use a format: a whole program, which prints the class of each image, and notes."""
-    resampling = f"Image.Resampling.{_resampling(clip).upper()}"
+    resampling = f"Image.Resampling.{clip.config['preprocess_cfg']['interpolation'].upper()}"
     code = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["code"]
     resize = textwrap.indent(code.format(size=clip.image_size, resampling=resampling), "    ")
     return _template(f"use_{name}").substitute(resize=resize, bias=' + head["class_bias"]' if has_bias else "")
@@ -216,11 +216,8 @@ def preprocessing(clip: Clip) -> str:
     """Returns the evaluation preprocessing of a model in words."""
     shape = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["words"].format(size=clip.image_size)
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (clip.mean, clip.std))
-    return f"RGB, {shape} ({_resampling(clip)}), divided by 255, mean ({mean}), std ({std})"
-
-
-def _resampling(clip: Clip) -> str:
-    return "bilinear" if clip.config["preprocess_cfg"]["interpolation"] == "bilinear" else "bicubic"
+    how = clip.config["preprocess_cfg"]["interpolation"]
+    return f"RGB, {shape} ({how}), divided by 255, mean ({mean}), std ({std})"
 
 
 def _template(name: str) -> Template:

@@ -160,7 +160,7 @@ def _preprocessing(clip: Clip) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if squash else {"shortest_edge": size},
-        "resample": _RESAMPLING.get(preprocess["interpolation"], _RESAMPLING["bicubic"]),
+        "resample": _RESAMPLING[preprocess["interpolation"]],
         "do_center_crop": not squash,
         "crop_size": square,
         "do_rescale": True,
