@@ -33,7 +33,7 @@ from pydantic import TypeAdapter
 from benchmarks.photos import HEIGHT, WIDTH, write_tree
 from benchmarks.rows import Row, apart, median_row
 from carft_ray.data import source as reading
-from carft_ray.data.cached_sets import image_set
+from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import CHUNK, records
@@ -86,7 +86,7 @@ def decoded_set(source: StoredSource) -> None:
     """Builds a decoded set in an empty cache with all threads."""
     cache = Path(tempfile.mkdtemp())
     try:
-        image_set(source, to_input, "benchmark", cache)
+        image_set(source, to_input, "benchmark", Keeping(cache))
     finally:
         shutil.rmtree(cache)
 

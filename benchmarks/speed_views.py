@@ -36,7 +36,7 @@ from torchvision import datasets, transforms
 from benchmarks.photos import CLASSES, HEAVY, HEIGHT, LIGHT, WIDTH, Pictures, pictures, pillow, write_tree
 from benchmarks.rows import Row, median_row
 from carft_ray.data.cache import list_entries
-from carft_ray.data.cached_sets import PackedSource, image_set
+from carft_ray.data.cached_sets import Keeping, PackedSource, image_set
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import list_set
@@ -227,13 +227,13 @@ def rates(passes: dict[str, Pass], repeats: int) -> dict[str, list[float]]:
 def read_times(source: StoredSource, cache_dir: Path, repeats: int) -> dict[str, float]:
     """Returns median microseconds per image of reading its bytes alone, from the disk and from memory."""
     order = np.random.default_rng(0).permutation(len(source)).tolist()
-    PackedSource(source, cache_dir)
+    PackedSource(source, Keeping(cache_dir))
     (entry,) = (each for each in list_entries(cache_dir) if each.kind == "packed")
     files = [*(Path(source.place(index)) for index in range(len(source))), cache_dir / f"{entry.key}.arrow"]
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
         _forget(files)  # nobody has the packed set open: the system does not forget what is mapped
-        packed = PackedSource(source, cache_dir)
+        packed = PackedSource(source, Keeping(cache_dir))
         for name, read in (("files", source.content), ("packed", packed.packed_bytes)):
             for state in ("disk", "memory"):
                 began = time.perf_counter()
@@ -266,7 +266,7 @@ def loader_rows(full: bool, scale: bool = False, num_images: int = 256, batch_si
             to_input = transforms.Compose(
                 [transforms.Resize(SIDE, interpolation=_BICUBIC), transforms.CenterCrop(SIDE)]
             )
-            images = image_set(source, to_input, "benchmark", cache)
+            images = image_set(source, to_input, "benchmark", Keeping(cache))
             times, size = read_times(source, cache, turns), f"{width} x {height}"
             for state in ("disk", "memory"):
                 ratio, shown = (
@@ -274,7 +274,7 @@ def loader_rows(full: bool, scale: bool = False, num_images: int = 256, batch_si
                     f"{times[f'packed, {state}']:.0f} us",
                 )
                 found.append(Row(f"time of bytes, packed / files, from {state}, {size}", ratio, detail=shown))
-            packed = PackedSource(source, cache)
+            packed = PackedSource(source, Keeping(cache))
             for workers in (0, 2) if full else (2,):
                 where = f"{size}, {workers} workers"
                 for what, to_floats in (("pixels", False), ("floats", True)):

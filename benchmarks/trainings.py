@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import torch
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.cached_sets import image_set
+from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.sets import open_source
 from carft_ray.data.source import ImageSet
@@ -269,9 +269,7 @@ def _test_sets(recipe: Recipe, inputs: SharedInputs) -> list[ImageSet]:
     clip, folder, classes = inputs.clip, cache_dir(recipe), class_folders(recipe)
     specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
     sources = {name: open_source(spec, name, classes) for name, spec in specs.items()}
-    return [
-        replace(image_set(source, clip.to_input, clip.input_key, folder), name=name) for name, source in sources.items()
-    ]
+    return [image_set(source, clip.to_input, clip.input_key, Keeping(folder)) for source in sources.values()]
 
 
 def _begin_worker() -> None:

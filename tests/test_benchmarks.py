@@ -29,7 +29,7 @@ from benchmarks import (
 from benchmarks import landscape as landscapes
 from benchmarks import methods as compared
 from carft_ray import model
-from carft_ray.data.cached_sets import image_set
+from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.sandbox import DOMAINS, TEMPLATES, render
 from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import list_set
@@ -151,7 +151,7 @@ def test_a_pass_of_each_side_gives_every_image_and_reading_is_measured(tmp_path,
     photos.write_tree(root, 16, 40, 30)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
     source = stored_source(list_set(spec, "train"), spec, photos.CLASSES, "train")
-    images = image_set(source, None, "as-is", tmp_path / "cache")
+    images = image_set(source, None, "as-is", Keeping(tmp_path / "cache"))
     passes = [speed_views.folder_pass(root, 5, 0, training, to_floats) for training in (0, 1) for to_floats in (0, 1)]
     passes += [speed_views.evaluation_pass(images, 5, to_floats) for to_floats in (False, True)]
     passes += [speed_views.training_pass(source, 5, workers) for workers in (0, 1)]

@@ -24,7 +24,7 @@ import simplejpeg
 from conftest import ArraySource
 
 from carft_ray.data import cache, cached_sets
-from carft_ray.data.cached_sets import PackedSource, image_set, pays
+from carft_ray.data.cached_sets import Keeping, PackedSource, image_set, pays
 from carft_ray.data.images import decode_image
 from carft_ray.errors import CarftError, DataError, StorageError
 from carft_ray.words import counted
@@ -58,7 +58,7 @@ def halve(image):
 
 def decoded(cache_dir, number, limit_gb=None):
     """Builds or opens a set of its own for each number; the entry is of about 4 kB."""
-    return image_set(Pictures(number=number), None, "as-is", cache_dir, None, limit_gb)
+    return image_set(Pictures(number=number), None, "as-is", Keeping(cache_dir, limit_gb))
 
 
 def names(cache_dir):
@@ -72,8 +72,8 @@ def keys(cache_dir):
 def opened(kind, cache_dir, on_image=None, source=None):
     source = source or Pictures()
     if kind == "packed":
-        return PackedSource(source, cache_dir, on_image)
-    return image_set(source, None, "as-is", cache_dir, on_image)
+        return PackedSource(source, Keeping(cache_dir, on_image=on_image))
+    return image_set(source, None, "as-is", Keeping(cache_dir, on_image=on_image))
 
 
 def pixels_of(found, index):
@@ -102,7 +102,7 @@ def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batche
 
 def test_a_set_is_mapped_into_memory_and_not_read(tmp_path):
     source, before = Pictures(num_images=10, side=256), pa.total_allocated_bytes()
-    found = [image_set(source, None, "as-is", tmp_path).images_NHWC for _ in range(2)]
+    found = [image_set(source, None, "as-is", Keeping(tmp_path)).images_NHWC for _ in range(2)]
     assert pa.total_allocated_bytes() - before < 0.1 * found[0].nbytes
     np.testing.assert_array_equal(*found)
     assert not any(images.flags.owndata or images.flags.writeable for images in found)
@@ -117,7 +117,7 @@ def test_a_set_is_built_once_and_again_for_another_identity_or_transform_but_not
     assert len(log.read_text().splitlines()) == 2 * 12
     assert seen == [(number, 12) for number in range(1, 13)] * 2
     if kind == "decoded":
-        image_set(Pictures(), halve, "halve", tmp_path / "cache")
+        image_set(Pictures(), halve, "halve", Keeping(tmp_path / "cache"))
         assert len(keys(tmp_path / "cache")) == 3
 
 
@@ -336,13 +336,13 @@ def test_a_build_that_is_stopped_or_meets_another_size_leaves_nothing(tmp_path, 
 @pytest.mark.parametrize("short_side", [7, 8])
 def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path, short_side):
     source = Pictures()
-    found = PackedSource(source, tmp_path, short_side=short_side)
+    found = PackedSource(source, Keeping(tmp_path), short_side)
     for index in range(len(source)):
         if short_side == 8:
             assert found.packed_bytes(index) == source.content(index)
         assert found.pixels(index).shape == (short_side, short_side, 3)
         assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
-    PackedSource(source, tmp_path)
+    PackedSource(source, Keeping(tmp_path))
     assert len(cache.list_entries(tmp_path)) == 2
 
 
@@ -519,7 +519,8 @@ def pixel_sum(kind, folder):
     """Returns the sum of all pixels of a set, from the cache."""
     source = Pictures(folder / "log")
     if kind == "limited":
-        return int(image_set(source, halve, "halved", folder / "cache", limit_gb=3e-6).images_NHWC.sum())  # of 4,042 B
+        limited = Keeping(folder / "cache", limit_gb=3e-6)  # of 4,042 B
+        return int(image_set(source, halve, "halved", limited).images_NHWC.sum())
     found = opened(kind, folder / "cache", None, source)
     return sum(int(pixels_of(found, index).sum()) for index in range(len(found)))
 

@@ -35,7 +35,7 @@ from layouts_tables import (
 )
 from sources import open_set, recipe_of, told
 
-from carft_ray.data.cached_sets import DecodedSource, PackedSource, image_set
+from carft_ray.data.cached_sets import DecodedSource, Keeping, PackedSource, image_set
 from carft_ray.data.formats.webdataset import find_files
 from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
@@ -165,8 +165,9 @@ def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
         mapped = listed[name]
         assert mapped.hashes() is not None
         assert contents(mapped) == contents(source)
-        for what in ("name", "class_names", "identity", "groups", "home", "skipped"):
+        for what in ("name", "class_names", "identity", "groups", "skipped"):
             assert getattr(mapped, what) == getattr(source, what), what
+        assert mapped.listing.home == source.listing.home
         assert [mapped.place(i) for i in range(len(mapped))] == [source.place(i) for i in range(len(source))]
         assert (mapped.pixels(3) == source.pixels(3)).all()
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"pack": "always"})})
@@ -674,9 +675,9 @@ def with_one_date(kind, root, view):
 
 OWN_KINDS = ("folder", "parquet bytes", "arrow struct", "shards", "saved", list_with_ids, columns, rows, cifar)
 CACHES = {
-    "decoded": lambda source, folder: image_set(source, None, "as-is", folder).images_NHWC[1],
-    "decoded for training": lambda source, folder: DecodedSource(source, folder).pixels(1),
-    "packed": lambda source, folder: PackedSource(source, folder).pixels(1),
+    "decoded": lambda source, folder: image_set(source, None, "as-is", Keeping(folder)).images_NHWC[1],
+    "decoded for training": lambda source, folder: DecodedSource(source, Keeping(folder)).pixels(1),
+    "packed": lambda source, folder: PackedSource(source, Keeping(folder)).pixels(1),
 }
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from stand_in import make_recipe
 from study_steps import finish, searching
 
-from carft_ray.data.cached_sets import image_set
+from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies import find
 from carft_ray.data.listing import sample_id
@@ -111,7 +111,7 @@ def right(study, name, domain, alpha):
         for key, tensor in zero_shot.items()
     }
     classifier.load_state_dict(mixed)
-    images = image_set(source, clip.to_input, clip.input_key, study.parent / "own_cache")
+    images = image_set(source, clip.to_input, clip.input_key, Keeping(study.parent / "own_cache"))
     with torch.inference_mode():
         logits = [classifier(torch.from_numpy(images.images_NHWC[k : k + 1].copy()))[1] for k in range(len(images))]
     return np.mean([int(row.argmax()) == label for row, label in zip(logits, source.labels, strict=True)])

@@ -25,6 +25,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,14 +60,23 @@ OnImage = Callable[[int, int], None]  # may raise to end a build, of which nothi
 Made = tuple[bytes | PixelArray, bool]  # a file that is packed, or pixels that are kept as they are; is_made
 
 
-def image_set(
-    source: Source,
-    transform: Transform | None,
-    transform_key: str,
-    cache_dir: Path,
-    on_image: OnImage | None = None,
-    limit_gb: float | None = None,
-) -> ImageSet:
+@dataclass(frozen=True)
+class Keeping:
+    """Where a set is kept.
+
+    Attributes:
+        folder: Of all entries of the cache; made when missing.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+        on_image: Called with (images done, images in all) while the entry is built; with 0 done, again and again,
+            while another process builds it.
+    """
+
+    folder: Path
+    limit_gb: float | None = None
+    on_image: OnImage | None = None
+
+
+def image_set(source: Source, transform: Transform | None, transform_key: str, keeping: Keeping) -> ImageSet:
     """Returns a set with every image decoded and transformed, from the cache or built now; see ``cache.entry``.
 
     Args:
@@ -74,10 +84,7 @@ def image_set(
         transform: Applied to every image (RGB in, RGB out; all results of one size), by several threads at once; None:
             as they are.
         transform_key: Names the transform completely; another transform must have another key.
-        cache_dir: Folder of all entries; made when missing.
-        on_image: Called with (images done, images in all) while the entry is built; with 0 done, again and again,
-            while another process builds it.
-        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+        keeping: Where it is kept.
 
     Returns:
         The set; its arrays are read-only views of the file.
@@ -102,7 +109,7 @@ def image_set(
         images_NHWC = pixels.reshape(len(source), height, width, 3)
         return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
-    return _kept(source, DECODED, [transform_key, DECODERS], made, view, cache_dir, on_image, limit_gb)
+    return _kept(source, DECODED, [transform_key, DECODERS], made, view, keeping)
 
 
 class DecodedSource(DerivedSource):
@@ -110,20 +117,16 @@ class DecodedSource(DerivedSource):
 
     Args:
         source: The images.
-        cache_dir: Folder of the cache.
-        on_image: As for ``image_set``.
-        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+        keeping: Where it is kept.
 
     Raises:
         DataError: An image cannot be read, or sizes differ.
         StorageError: The set cannot be written.
     """
 
-    def __init__(
-        self, source: Source, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
-    ) -> None:
+    def __init__(self, source: Source, keeping: Keeping) -> None:
         super().__init__(source)
-        self._images_NHWC = image_set(source, None, "as-is", cache_dir, on_image, limit_gb).images_NHWC
+        self._images_NHWC = image_set(source, None, "as-is", keeping).images_NHWC
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
@@ -139,9 +142,7 @@ class PackedSource(DerivedSource):
 
     Args:
         source: The images.
-        cache_dir: Folder of the cache.
-        on_image: As for ``image_set``.
-        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+        keeping: Where it is kept.
         short_side: Pixels of the shorter side of larger images; None: all images are packed as they are.
 
     Raises:
@@ -149,14 +150,7 @@ class PackedSource(DerivedSource):
         StorageError: The entry cannot be written.
     """
 
-    def __init__(
-        self,
-        source: StoredSource | CorruptedSource,
-        cache_dir: Path,
-        on_image: OnImage | None = None,
-        limit_gb: float | None = None,
-        short_side: int | None = None,
-    ) -> None:
+    def __init__(self, source: StoredSource | CorruptedSource, keeping: Keeping, short_side: int | None = None) -> None:
         stored = None if isinstance(source, CorruptedSource) else source
 
         def made(index: int) -> Made:
@@ -167,11 +161,8 @@ class PackedSource(DerivedSource):
             smaller = None if short_side is None else _smaller(stored.decode(content, index), short_side)
             return (content, False) if smaller is None else (smaller, True)
 
-        def view(table: pa.Table) -> pa.Table:
-            return table
-
         makes = [short_side, QUALITY, DECODERS] if short_side or stored is None else []
-        table = _kept(source, PACKED, makes, made, view, cache_dir, on_image, limit_gb)
+        table = _kept(source, PACKED, makes, made, lambda table: table, keeping)
         super().__init__(source)  # ``content`` is for hashes: of the files themselves, as they are now
         self._stored, self._images, self._is_made = stored, table["image"], table["is_made"].to_numpy()
 
@@ -238,9 +229,7 @@ def _kept(
     makes: list[Any],
     made: Callable[[int], Made],
     view: Callable[[pa.Table], T],
-    cache_dir: Path,
-    on_image: OnImage | None,
-    limit_gb: float | None,
+    keeping: Keeping,
 ) -> T:
     """Returns what ``view`` sees in the entry of a set, which is built where it is missing or damaged.
 
@@ -250,9 +239,7 @@ def _kept(
         makes: What decides about the bytes of an image, besides the source.
         made: Makes an image, in several threads at once.
         view: Raises ``ValueError`` for a table that is not what it should be.
-        cache_dir: As for ``image_set``.
-        on_image: As for ``image_set``.
-        limit_gb: As for ``image_set``.
+        keeping: As for ``image_set``.
     """
 
     def read(reader: Any) -> T:
@@ -263,11 +250,11 @@ def _kept(
         return view(table)
 
     def build(path: Path) -> None:
-        _build(source, kind, made, on_image, path)
+        _build(source, kind, made, keeping.on_image, path)
 
     key = cache.key_of([kind, FORMAT_VERSION, source.identity, *makes])
-    on_wait = None if on_image is None else partial(on_image, 0, len(source))
-    return cache.entry(cache_dir, key, read, build, limit_gb, on_wait)
+    on_wait = None if keeping.on_image is None else partial(keeping.on_image, 0, len(source))
+    return cache.entry(keeping.folder, key, read, build, keeping.limit_gb, on_wait)
 
 
 def _build(source: Source, kind: str, made: Callable[[int], Made], on_image: OnImage | None, path: Path) -> None:

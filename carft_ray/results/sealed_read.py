@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.cached_sets import image_set
+from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
@@ -255,8 +255,8 @@ def _evaluate(
     paths = {name: folder / f"{name}.parquet" for name in runs}
     sets: list[ImageSet] = []
     if not all(path.exists() for path in paths.values()):
-        cache, limit_gb = cache_dir(recipe), recipe.data.cache_gb
-        sets += [image_set(each, clip.to_input, clip.input_key, cache, limit_gb=limit_gb) for each in sources]
+        keeping = Keeping(cache_dir(recipe), recipe.data.cache_gb)
+        sets += [image_set(each, clip.to_input, clip.input_key, keeping) for each in sources]
 
     def predicted(row: TrialRow | None, alphas: Sequence[float]) -> pa.Table:
         """Returns the predictions of a training, or of the zero-shot model (None)."""

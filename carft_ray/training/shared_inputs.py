@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.cached_sets import DecodedSource, PackedSource, image_set, pays
+from carft_ray.data.cached_sets import DecodedSource, Keeping, PackedSource, image_set, pays
 from carft_ray.data.class_names import class_words
 from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.images import DECODERS
@@ -78,16 +78,16 @@ def load_shared_inputs(
     asked = json.dumps(parts, sort_keys=True)
     if asked not in _loaded:
         clip = load_clip(recipe.model)
-        folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
         sources = open_sets(recipe, prepared_dir)
-        train = sources[TRAIN]
+        train, folder = sources[TRAIN], cache_dir(recipe)
+        keeping = {name: Keeping(folder, recipe.data.cache_gb, partial(on_image, name)) for name in sources}
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
-            train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
+            train = DecodedSource(train, keeping[TRAIN])
         elif isinstance(train, StoredSource | CorruptedSource) and _is_packed(recipe, train, folder):
-            train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
+            train = PackedSource(train, keeping[TRAIN], recipe.data.resize_short_side)
 
         validation = tuple(
-            image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)
+            image_set(source, clip.to_input, clip.input_key, keeping[name])
             for name, source in sources.items()
             if name != TRAIN
         )
