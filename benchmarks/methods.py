@@ -71,7 +71,7 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
             return done.returncode
     summary = files.read_json(Path(first), str(SUMMARY))
     confirmed = files.read_json(Path(first), "confirm/summary.json")
-    shown = [*markdown(summary, confirmed), "", f"{summary['headline']}"]
+    shown = [*markdown(summary, confirmed), "", f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
     about["this_call_s"] = round(time.monotonic() - began, 1)
@@ -107,7 +107,8 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any]) -> list[s
     titles = ["", "best of", "alpha", *COLUMNS.values(), "the first minus this", "p"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in summary["rows"]:
-        cells = [row["name"].replace("_", " "), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
+        name = "the first" if row["role"] == "winner" else row["name"]
+        cells = [name.replace("_", " "), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
         cells += [_cell(row[name]) for name in COLUMNS]
         other = differences.get(row["name"])
         cells += [_cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
