@@ -106,8 +106,16 @@ def machine_line(found: dict[str, Any]) -> str:
 
 def peak_mb() -> float:
     """Returns the most memory that this process has held; Linux only."""
-    status = Path("/proc/self/status").read_text()  # `ru_maxrss` begins with that of the process that started this one
-    return float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+    return _status_mb("VmHWM")  # `ru_maxrss` begins with that of the process that started this one
+
+
+def held_mb() -> float:
+    """Returns the memory that this process holds now; Linux only."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(field: str) -> float:
+    return float(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def descendants(pid: int) -> list[int]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import speed_engine, speed_memory, speed_searches, speed_sets, speed_steps, speed_views
+from benchmarks import speed_engine, speed_memory, speed_methods, speed_searches, speed_sets, speed_steps, speed_views
 from benchmarks.rows import ROOT, Row, as_data, machine, machine_line
 from carft_ray import files
 
@@ -42,6 +42,10 @@ def _steps(full: bool, scale: bool) -> list[Row]:
     return speed_steps.step_rows(15 if full else 8)
 
 
+def _methods(full: bool, scale: bool) -> list[Row]:
+    return speed_methods.method_rows(15 if full else 4)
+
+
 def _first(full: bool, scale: bool) -> list[Row]:
     return speed_steps.first_rows(5 if full else 2)
 
@@ -52,6 +56,7 @@ PARTS = {
     "reading": Part("the one reading of a set against decoding it", speed_sets.reading_rows),
     "containers": Part("shards and tables against a folder", speed_sets.container_rows),
     "steps": Part("loop against a resident batch; CAR-FT against plain", _steps),
+    "methods": Part("step and memory of each method against plain fine-tuning", _methods),
     "first": Part("first step of the first trial", _first),
     "curve": Part("alpha curve against its training", lambda full, scale: speed_steps.curve_rows()),
     "startup": Part("commands against Python that does nothing", speed_searches.startup_rows),

@@ -102,21 +102,20 @@ def resident_training(num_trainings: int, num_steps: int) -> list[float]:
     return found
 
 
-def loop_step_s(task: Task, kl_weight: float, store: Path | None = None) -> float:
-    """Returns the processor time of a step of the loop, after its first epoch."""
-    seen: dict[int, float] = {}
+def loop_times(task: Task, train: TrainConfig, store: Path | None = None) -> tuple[float, float]:
+    """Returns processor times of the loop: of everything up to the end of the first epoch, and of a step after it."""
+    seen, began = dict[int, float](), time.process_time()
     context = RunContext(progress=lambda row: seen.update({int(row["step"]): time.process_time()}))
-    heads, train = task.heads, task.train.model_copy(update={"kl_weight": kl_weight})
-    source = task.inputs.train
+    heads, source = task.heads, task.inputs.train
     fine_tune(task.inputs.clip, heads["class_head"], heads["context_head"], source, train, context, target_store=store)
     first, last = task.steps_per_epoch, max(seen)
-    return (seen[last] - seen[first]) / (last - first)
+    return seen[first] - began, (seen[last] - seen[first]) / (last - first)
 
 
 def step_rows(turns: int, epochs: int = 3, settings: Sequence[str] = ()) -> list[Row]:
     """Measures the loop and the KL term; the first turn, which fills the store, does not count."""
     task = open_task([f"train.epochs={epochs}", *settings])
-    number, kl_weight = (epochs - 1) * task.steps_per_epoch, task.train.kl_weight
+    number, plain = (epochs - 1) * task.steps_per_epoch, task.train.model_copy(update={"kl_weight": 0.0})
     found: dict[str, list[float]] = {"resident": [], "plain": [], "stored": [], "online": []}
     with tempfile.TemporaryDirectory(prefix="carft-steps-") as folder:
         for turn in range(turns + 1):
@@ -127,9 +126,9 @@ def step_rows(turns: int, epochs: int = 3, settings: Sequence[str] = ()) -> list
                 next(resident)
             seconds = {
                 "resident": (time.process_time() - began) / number,
-                "plain": loop_step_s(task, 0.0),
-                "stored": loop_step_s(task, kl_weight, Path(folder)),
-                "online": loop_step_s(task, kl_weight),
+                "plain": loop_times(task, plain)[1],
+                "stored": loop_times(task, task.train, Path(folder))[1],
+                "online": loop_times(task, task.train)[1],
             }
             if turn:
                 for name, value in seconds.items():

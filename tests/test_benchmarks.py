@@ -22,6 +22,7 @@ from benchmarks import (
     pretrain,
     rows,
     speed_engine,
+    speed_methods,
     speed_sets,
     speed_views,
     table,
@@ -142,6 +143,18 @@ def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     assert min(cost.log_mb, cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
     cost = speed_engine.driver_cost(tmp_path / "driver", num_finished=3, num_live=4, num_reports=5, num_seconds=1)
     assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0
+
+
+@pytest.mark.whole
+def test_steps_and_memory_of_methods_are_compared_with_plain_fine_tuning():
+    few = ["data.train.num_per_class=8"]
+    found = {row.name: row for row in speed_methods.method_rows(1, 2, few, ("fine_tuning", "lp_ft"))}
+    others = ("lp_ft", "car_ft, targets stored")
+    step, memory = "step of fine_tuning, ms, batch 64", "memory of a training of fine_tuning, MB"
+    ratios = [f"{what} of {name} / of fine_tuning" for what in ("step", "memory") for name in others]
+    assert [*found] == [step, *ratios[:2], memory, *ratios[2:]]
+    assert min(row.value for row in found.values()) > 0
+    assert found[ratios[0]].detail.startswith("before it a linear probe of ")
 
 
 @pytest.mark.whole
