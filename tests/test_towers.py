@@ -175,7 +175,8 @@ def test_a_checkpoint_of_a_training_with_an_average_is_none_of_one_without(tiny_
         fine_tune(tiny_clip, *heads, source, settings(), checkpoint_dir=tmp_path)
 
 
-OF_MEMORY = [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}]  # values that decide over it
+OF_MEMORY = [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}, {"teacher": "average"}]  # decide over it
+OF_MEMORY += [{f"{name}_weight": 0.1} for name in ("class_kl", "feature", "text", "l2_sp")]
 
 
 @pytest.mark.parametrize("values", [*OF_MEMORY, {"compile": True}, {"grad_checkpointing": True}])
@@ -187,6 +188,16 @@ def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(valu
     assert fitted(other, found, 1) == other
     no_image = memory_failure(OutOfMemoryError("short", 1), plain, values, 1)
     assert no_image.outcome == ("error" if values in OF_MEMORY else "fatal")
+
+
+@pytest.mark.parametrize("more", [{"text_weight": 1.0}, {"teacher": "average"}, {"l2_sp_weight": 0.1}])
+def test_a_micro_batch_that_fits_with_one_penalty_is_not_that_of_one_that_keeps_more(more):
+    train = {"batch_size": 64, "feature_weight": 1.0}
+    less, other = (make_recipe(1, train=train | values) for values in ({"class_kl_weight": 1.0}, more))
+    failure = memory_failure(OutOfMemoryError("short", 64), less, {}, 1)
+    found = {failure.device: failure.fits}
+    assert fitted(make_recipe(1, train=train), found, 1).train.micro_batch == 32  # one frozen pass for both
+    assert fitted(other, found, 1) == other
 
 
 def test_a_micro_batch_that_fits_beside_another_training_is_not_that_of_a_whole_gpu(monkeypatch):

@@ -5,8 +5,8 @@ and the training continues from its checkpoint with what is noted. The global ba
 
     log    {"kind": "fits", "device": "<model>, <precision>, <device>", "micro_batch": 16}    a model has one resolution
 
-Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers or an average, and where a training
-shares its GPU with others of the study: the key ends in these.
+Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers, an average or penalties that keep
+more on the device, and where a training shares its GPU with others of the study: the key ends in these.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,17 @@ from typing import Any
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import FEATURE_TERMS
 from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.study.training import Failure
 from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
-MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")
+MEMORY_FIELDS = (
+    *("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay", "teacher", "l2_sp_weight"),
+    *(f"{name}_weight" for name in FEATURE_TERMS),
+)
 FITS = "fits"  # kind of the records
 
 
@@ -95,6 +99,10 @@ def _key(recipe: Recipe) -> str:
     parts += [f"LoRA {train.lora_rank}"] if train.lora_rank is not None else []
     parts += [f"{train.freeze_layers} frozen"] if train.freeze_layers else []
     parts += ["averaged"] if train.ema_decay is not None else []
+    parts += ["L2-SP"] if train.l2_sp_weight else []
+    parts += ["frozen model on each batch"] if train.feature_terms else []
+    parts += ["random texts"] if train.text_weight else []
+    parts += ["moving teacher"] if train.moves_teacher else []
     share = recipe.resources.gpus_per_worker or 1
     parts += [f"{share:g} of a GPU"] if share < 1 else []
     return ", ".join(parts)
