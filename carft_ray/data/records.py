@@ -52,7 +52,6 @@ FORMAT_VERSION = 9  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 SIDE = 16  # pixels of a thumbnail
-GAP = 3.0  # Pillow first reduces a picture to this many times SIDE at least: half the time, 0.4 of 255 levels off
 NUM_NAMED = 3  # images that a warning names
 NUM_EXAMPLES = 5  # of images that are named
 IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is reported
@@ -152,8 +151,11 @@ def records(
 
 
 def thumbnail_of(pixels: PixelArray) -> PixelArray:
-    """Returns a picture, uint8 [H, W, 3], squeezed into a square, uint8 [16, 16, 3]: Y, Cb, Cr as JPEG has them."""
-    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=GAP)
+    """Returns a picture, uint8 [H, W, 3], squeezed into a square, uint8 [16, 16, 3]: Y, Cb, Cr as JPEG has them.
+
+    All pixels count: with Pillow's ``reducing_gap=3`` 10 of 400 paintings were missed at 1.3 times their size.
+    """
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return np.asarray(small.convert("YCbCr"))
 
 

@@ -162,7 +162,7 @@ class PlanRow(_Strict):
     alpha: Share
     values: dict[str, Any]
     objective: Number
-    chosen_from: Count
+    chosen_from: Count = 1
 
 
 class Stage(_Strict):
