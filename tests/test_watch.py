@@ -166,6 +166,17 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
     assert re.fullmatch(r"\[0:00\] 2/8 t0000-abcd .* <- best so far", third)
 
 
+@pytest.mark.parametrize(
+    ("others", "told"), [({}, ""), ({"class_kl": 0.01234, "l2_sp": 21.5}, ", class_kl 0.0123, l2_sp 21.5")]
+)
+def test_the_line_of_an_epoch_shows_the_penalties_that_have_a_weight(capsys, others, told):
+    row = {"epoch": 2.0, "loss": 1.0, "ce": 0.5, "kl": 0.1, "context_entropy": 1.0, **others, "grad_norm": 3.0}
+    with progress.training_shown(True) as on_event:
+        on_event(events.TrialEpoch(spec(0), {**row, "images_per_s": 10.0}))
+    line = capsys.readouterr().err
+    assert line == f"epoch 2: loss 1.000, CE 0.500, KL 0.1000{told}, context entropy 1.00 nats\n"
+
+
 @contextlib.contextmanager
 def searching(study_dir, num_finished):
     """A study of nine trials that is searched within the block: the fourth ended badly, and one trains."""

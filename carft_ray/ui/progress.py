@@ -48,7 +48,7 @@ def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
 @contextlib.contextmanager
 def training_shown(show: bool) -> Iterator[Callable[["Event"], None]]:
-    """Gives what takes the events of ``train_once``: a bar with loss, CE, KL, learning rate and speed, a line per
+    """Gives what takes the events of ``train_once``: a bar with loss, its terms, learning rate and speed, a line per
     epoch, and lines of what is done before and at the end.
 
     Args:
@@ -84,7 +84,7 @@ def _step_line(row: Row) -> str:
     if "images_per_s" not in row:
         return f"epoch {row['epoch']:.0f}  {_own_numbers(row)}"
     return (
-        f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
+        f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} ({_terms(row)})  "
         f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
     )
 
@@ -92,13 +92,21 @@ def _step_line(row: Row) -> str:
 def _epoch_line(row: Row) -> str:
     line = f"epoch {row['epoch']:.0f}: {_own_numbers(row)}"
     if "images_per_s" in row:  # of the built-in loop
-        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
+        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, {_terms(row)}"
         line += f", context entropy {row['context_entropy']:.2f} nats"
     if "subset/id_accuracy" in row:
         line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
     if "subset/ood_accuracy" in row:
         line += f", OOD {console.percent(row['subset/ood_accuracy'])} %"
     return line
+
+
+def _terms(row: Row) -> str:
+    """Returns CE, KL, and the penalties that have a weight, by their names in ``metrics.jsonl``."""
+    from carft_ray.recipe.schema.train import PENALTIES
+
+    others = [f"{name} {row[name]:.3g}" for name in row if name != "kl" and f"{name}_weight" in PENALTIES]
+    return ", ".join([f"CE {row['ce']:.3f}", f"KL {row['kl']:.4f}", *others])
 
 
 def _own_numbers(row: Row) -> str:
