@@ -108,7 +108,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
                 _check_rows(parquet.metadata.num_rows)  # before they are unpacked
                 table = parquet.read(columns=list(wanted))
             else:
-                table = _reader(file, roots).read_all()
+                table = pa.Table.from_batches(list(_batches(file, roots)), _reader(file, roots).schema)
             table.validate(full=True)
     _check_rows(table.num_rows)
     return pa.table({name: _field(table.column(root), field) for name, (root, field) in wanted.items()})
@@ -245,13 +245,14 @@ class ArrowRows:
         parts: list[pa.Array] = []
         with _mapped(path) as file:  # the arrays keep the mapping
             whole = file.read_buffer()
-            table = _reader(file, None).read_all()  # all columns: of a choice of them, pyarrow makes copies
-            root, field = _content_field(table.schema, column)
-            for values in table.column(root).chunks:
+            schema = _reader(file, None).schema
+            root, field = _content_field(schema, column)
+            for batch in _batches(file, None):  # all columns: of a choice of them, pyarrow makes copies
+                values = batch.column(root)
                 values.validate(full=True)
                 _check_mapped(values, whole)
                 parts.append(_field(values, field))
-            kind = table.schema.field(root).type
+            kind = schema.field(root).type
         self._values = pa.chunked_array(parts, kind.field(field).type if field else kind)
 
     def __len__(self) -> int:
@@ -320,6 +321,14 @@ def _reader(file: pa.MemoryMappedFile, columns: Sequence[str] | None) -> Any:
     names = opened(file).schema.names
     file.seek(0)
     return opened(file, options=pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns]))
+
+
+def _batches(file: pa.MemoryMappedFile, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    reader = _reader(file, columns)
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        yield from reader
 
 
 def _delimiter(path: Path) -> str:
