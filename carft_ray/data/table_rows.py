@@ -247,7 +247,8 @@ class ArrowRows:
             whole = file.read_buffer()
             schema = _reader(file, None).schema
             root, field = _content_field(schema, column)
-            for batch in _batches(file, None):  # all columns: of a choice of them, pyarrow makes copies
+            # batch by batch: a compressed file ends at its first one; all columns: of some, pyarrow makes copies
+            for batch in _batches(file, None):
                 values = batch.column(root)
                 values.validate(full=True)
                 _check_mapped(values, whole)
