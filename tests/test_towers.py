@@ -176,7 +176,6 @@ def test_a_checkpoint_of_a_training_with_an_average_is_none_of_one_without(tiny_
 
 
 OF_MEMORY = [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}, {"teacher": "average"}]  # decide over it
-OF_MEMORY += [{f"{name}_weight": 0.1} for name in ("class_kl", "feature", "text", "l2_sp")]
 
 
 @pytest.mark.parametrize("values", [*OF_MEMORY, {"compile": True}, {"grad_checkpointing": True}])

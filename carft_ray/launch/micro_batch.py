@@ -15,17 +15,13 @@ from typing import Any
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.train import FEATURE_TERMS
 from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.study.training import Failure
 from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
-MEMORY_FIELDS = (
-    *("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay", "teacher", "l2_sp_weight"),
-    *(f"{name}_weight" for name in FEATURE_TERMS),
-)
+MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay", "teacher")
 FITS = "fits"  # kind of the records
 
 
