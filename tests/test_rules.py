@@ -134,7 +134,7 @@ def test_no_module_unpickles():
 AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
     "writes": "files training/tensorboard store/bucket launch/worker",
-    "the package's own files": "environment recipe/presets recipe/benchmarks data/draft data/sandbox"
+    "the package's own files": "environment recipe/presets recipe/benchmarks recipe/methods data/draft data/sandbox"
     " data/corruptions data/copies/shared_images results/export/export results/page/page",
     "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
