@@ -211,7 +211,10 @@ def write_strikes(base_dir, num_kills, rng, num_trials=1):
             "place": place,
             "calls": earlier + rng.randint(1, CALLS.get(place, CURVE)),
         }
-        plans[number % num_trials].append({**strike, "delay_s": rng.choice((0, rng.uniform(0, 0.03)))})
+        delay_s = rng.choice((0, rng.uniform(0, 0.03)))
+        if (place, strike["calls"]) == ("curve", CURVE):
+            delay_s = 0  # the training may end before
+        plans[number % num_trials].append({**strike, "delay_s": delay_s})
     for trial, plan in enumerate(plans):
         (base_dir / "strikes" / f"t{trial:04d}").mkdir(parents=True)
         for number, strike in enumerate(plan, start=1):

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -63,13 +64,13 @@ def slow(base_dir, seconds=SECONDS, at_once=1, waiting_ones=0):
         build(source, kind, made, on_slow_image, path)
         return note(base_dir, "ends")
 
-    def noted_kept(source, kind, makes, made, view, cache_dir, on_image, limit_gb):
+    def noted_kept(source, kind, makes, made, view, keeping):
         def noted_image(done, total):
             if kind == cached_sets.PACKED and (done, total) == (0, len(source)):  # another process builds
                 note(base_dir, "waits")
-            on_image(done, total)
+            keeping.on_image(done, total)
 
-        return kept(source, kind, makes, made, view, cache_dir, on_image and noted_image, limit_gb)
+        return kept(source, kind, makes, made, view, replace(keeping, on_image=keeping.on_image and noted_image))
 
     with mock.patch.object(cached_sets, "_build", slow_build), mock.patch.object(cached_sets, "_kept", noted_kept):
         yield
