@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
@@ -420,12 +421,12 @@ def _at_its_own_alpha(
     """
     yield row, trainings
     if row.role == "ablation":
-        grid = alphas(read_predictions(file_of(study_dir, trainings[0], PREDICTIONS)), spec.id_set)
-        rows = [replace(row, name=f"{row.name}, its own alpha", alpha=alpha) for alpha in grid if alpha]
-        means = [np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, each))) for each in rows]
-        own = rows[int(np.argmax(means))]
-        if own.alpha != row.alpha:
-            yield own, trainings
+        tables = _tables(study_dir, trainings)  # read once for all alphas
+        grid = [alpha for alpha in alphas(tables[0], spec.id_set) if alpha]
+        means = [np.mean(values_by_seed(spec, _correct_at(tables, spec, alpha))) for alpha in grid]
+        own = grid[int(np.argmax(means))]
+        if own != row.alpha:
+            yield replace(row, name=f"{row.name}, its own alpha", alpha=own), trainings
 
 
 def chosen_from_lines(content: Mapping[str, Any]) -> list[str]:
@@ -475,10 +476,18 @@ def row_correct(
     Raises:
         StorageError: Predictions are missing or damaged.
     """
+    return _correct_at(_tables(study_dir, trainings), spec, row.alpha)
+
+
+def _tables(study_dir: Path, trainings: Sequence[TrialRow]) -> list[pa.Table]:
+    """Returns the stored predictions of each training; of none, those of the zero-shot model."""
     paths = [file_of(study_dir, each, PREDICTIONS) for each in trainings]
     zero_shot = files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
-    tables = [read_predictions(path) for path in paths or [zero_shot]]
-    return {name: correct_matrix([(table, row.alpha) for table in tables], name) for name in spec.sets}
+    return [read_predictions(path) for path in paths or [zero_shot]]
+
+
+def _correct_at(tables: Sequence[pa.Table], spec: ObjectiveSpec, alpha: float) -> dict[str, BoolArray]:
+    return {name: correct_matrix([(table, alpha) for table in tables], name) for name in spec.sets}
 
 
 def _failures(rows: Sequence[TrialRow], stage: Stage) -> list[str]:
