@@ -181,7 +181,7 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
         "tuned CAR-FT - tuned plain, ID": acceptance.mean_over(differences, [ID_TEST]),
         "tuned CAR-FT - tuned plain, OOD": acceptance.mean_over(differences, test_sets[1:]),
     }
-    best_rate = max(group["rates"], key=lambda training: float(training.result["fine_tuned"]["id_accuracy"]))
+    best_rate = max(group["rates"], key=lambda training: training.result["curve"][-1]["id_accuracy"])  # at alpha 1
     best_id = correct_matrix([(best_rate.test, 1.0)], ID_TEST)
     intervals["plain at its best learning rate - zero-shot, ID"] = acceptance.mean_over(
         paired_differences({ID_TEST: best_id}, {ID_TEST: zero_shot[ID_TEST]}), [ID_TEST]

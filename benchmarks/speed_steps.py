@@ -33,9 +33,8 @@ from carft_ray.data.views import view_batch
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.heads import cached_heads
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.schema.train import TrainConfig
-from carft_ray.recipe.space import apply
 from carft_ray.training import run
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.optimizer import build_optimizer

@@ -43,9 +43,9 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.launch.stop import stop_on_signal
 from carft_ray.layout import ATTEMPT, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.model.classifier import build_classifier
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import FloatParameter
-from carft_ray.recipe.space import apply
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun

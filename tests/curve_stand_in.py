@@ -6,8 +6,8 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.evaluation.alpha import limits
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import apply
 from carft_ray.store import record
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

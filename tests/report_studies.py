@@ -14,9 +14,8 @@ from carft_ray.evaluation import predictions as stored
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.loading import apply, dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import apply
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.record import append_log, write_result
 from carft_ray.study.opening import open_study
@@ -101,8 +100,8 @@ def finish(study, spec, rng):
     best = max(curve[1:], key=lambda point: point["objective"])
     if "alpha" in spec.values:
         best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
-    metrics, fine_tuned = ({key: point[key] for key in point if key != "alpha"} for point in (best, curve[-1]))
-    content = {"objective": best["objective"], "alpha": best["alpha"], "metrics": metrics, "fine_tuned": fine_tuned}
+    metrics = {key: value for key, value in best.items() if key != "alpha"}
+    content = {"objective": best["objective"], "alpha": best["alpha"], "metrics": metrics}
     content |= {"curve": curve, "moved": 0.01, "train": recipe.train.model_dump(mode="json")}
     content["num_images"] = {"train": 64, **{name: IMAGES[name] for name in what.sets}}
     content["elapsed_s"] = 0.02 + 0.01 * rng.random()

@@ -6,8 +6,7 @@ import short_training
 from logs import replace
 from short_study import search
 
-from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
 from carft_ray.training.run import run_training

@@ -1,9 +1,8 @@
 """A study of short trainings made in this process, as a search makes it, without Ray: seconds instead of a minute."""
 
 from carft_ray import environment, files
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.loading import apply, dump_recipe
 from carft_ray.recipe.schema.recipe import with_threads
-from carft_ray.recipe.space import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recovery import recover_running

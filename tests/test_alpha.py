@@ -32,7 +32,7 @@ from carft_ray.evaluation.metrics import answers, equal_width_bins
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import concat, correct, correct_matrix, read_predictions, write_predictions
 from carft_ray.model.mixing import mix_weights
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.rules import warnings
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.schema.search import (
@@ -42,7 +42,6 @@ from carft_ray.recipe.schema.search import (
     total_violation,
     violation_words,
 )
-from carft_ray.recipe.space import apply
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
 

@@ -26,7 +26,7 @@ from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.events import Note, Started, TrialEpoch, TrialFinished, TrialStep
-from carft_ray.recipe.yaml import parse
+from carft_ray.recipe.written import parse_yaml
 from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.training import shared_inputs
 from carft_ray.ui import notebook, progress
@@ -58,7 +58,7 @@ def study_dir(original, tmp_path):
 @pytest.mark.slow
 def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
     monkeypatch.chdir(here)
-    written = parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
+    written = parse_yaml((here / "recipe.yaml").read_text(), "recipe.yaml").value
     by_path = carft_ray.load_recipe("recipe.yaml", {"train.epochs": 2})
     assert by_path == carft_ray.load_recipe(by_path) == carft_ray.load_recipe(here / "recipe.yaml", ["train.epochs=2"])
     assert carft_ray.load_recipe(by_path, {"data.cache_dir": "\U0001f4f7"}).data.cache_dir == str(here / "\U0001f4f7")

@@ -58,9 +58,11 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
 
     code, out, err = run("train", "recipe.yaml", "--out", "out", "--resume", "--json")
     result = json.loads(out)
-    assert {"folder", "objective", "alpha", "metrics", "curve", "zero_shot", "fine_tuned"} <= result.keys()
+    assert {"folder", "objective", "alpha", "metrics", "curve", "zero_shot"} <= result.keys()
     metrics = {"id_accuracy", "ood_accuracy", "accuracy/id_val", "accuracy/sketch", "objective"}
-    assert result["metrics"].keys() == result["fine_tuned"].keys() == metrics
+    at_one = {name: value for name, value in result["curve"][-1].items() if name != "alpha"}
+    assert result["curve"][-1]["alpha"] == 1
+    assert result["metrics"].keys() == at_one.keys() == metrics
     assert err == ""
 
     code, out, err = run("evaluate", "out", "--json")
@@ -72,7 +74,7 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
         assert values["accuracy"] == result["metrics"][f"accuracy/{name}"]
         assert {"top5", "nll", "brier", "ece", "worst_class"} <= values.keys()
     for words, expected in (
-        (["--alpha", "1"], result["fine_tuned"]),
+        (["--alpha", "1"], at_one),
         (["--alpha", "0", "--head", "zero_shot"], {key: result["zero_shot"][key] for key in metrics}),
     ):
         assert json.loads(run("evaluate", "out", *words, "--json")[1])["metrics"] == expected

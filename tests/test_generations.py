@@ -13,9 +13,9 @@ from study_steps import failed, optuna_study, run_all, searching, write_result
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.launch.command import Plan, run_search
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import apply, dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import apply, place
+from carft_ray.recipe.space import place
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study

@@ -21,10 +21,10 @@ from carft_ray.data.draft import Roles, choose_roles, draft, readable, survey
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sets import open_source
 from carft_ray.errors import DataError, UsageError
-from carft_ray.recipe import yaml
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import preset_text, presets
 from carft_ray.recipe.rules import check_searchable, warnings
+from carft_ray.recipe.written import parse_yaml
 from carft_ray.training.doctor import examine
 
 CLASSES = ("ant", "bee", "grey wolf")
@@ -182,7 +182,7 @@ def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "hold_out"), [("pacs", "photo"), ("office-home", "Real World"), ("vlcs", "SUN09")])
 def test_a_preset_that_leaves_one_domain_out_may_leave_out_another(name, hold_out):
-    before, after = (yaml.parse(preset_text(name, domain), name).value["data"] for domain in (None, hold_out))
+    before, after = (parse_yaml(preset_text(name, domain), name).value["data"] for domain in (None, hold_out))
     domains = [one["domains"] for one in after["ood_test"].values()]
     assert domains == [[hold_out]]
     assert list(after["ood_test"]) == [hold_out.lower().replace(" ", "_")]

@@ -4,10 +4,9 @@ import pytest
 
 from carft_ray.api.checks import load_recipe
 from carft_ray.errors import UsageError
-from carft_ray.recipe.loading import recipe_of
+from carft_ray.recipe.loading import apply, recipe_of
 from carft_ray.recipe.methods import OWN, methods
 from carft_ray.recipe.schema.train import PENALTIES
-from carft_ray.recipe.space import apply
 
 RECIPE = "search_spaces/quickstart.yaml"
 

@@ -17,9 +17,8 @@ from optuna.trial import TrialState
 from study_steps import finish, optuna_study, searching
 
 from carft_ray.launch.command import SearchResult
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.recipe.space import apply
 from carft_ray.results.confirmation import cost, first_stage, fix, last_stage, plan, second_stage, summarise, write_plan
 from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.finished import open_finished

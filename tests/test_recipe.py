@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from sources import absolute_paths
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe import rules, yaml
-from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths, recipe_hash
+from carft_ray.recipe import rules
+from carft_ray.recipe.loading import apply, dump_recipe, load_recipe, portable_paths, recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import GpSampler, NoPruner
 from carft_ray.recipe.schema.train import field_kind
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.written import parse_yaml
 
 BASE = """\
 name: base
@@ -254,7 +254,7 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
     recipe = _load(tmp_path, "prompts: {templates: 'file:mine.txt'}")
     assert recipe.prompts.templates == ("a photo of a {}.", "a drawing of a {}.")
     assert _load(tmp_path, "", f"prompts.templates=file:{tmp_path / 'mine.txt'}") == recipe
-    assert Recipe.model_validate(yaml.parse(dump_recipe(recipe), "").value) == recipe
+    assert Recipe.model_validate(parse_yaml(dump_recipe(recipe), "").value) == recipe
     (tmp_path / "wrong.txt").write_text("a photo of a {}.\na drawing\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     os.mkfifo(tmp_path / "pipe")

@@ -20,7 +20,6 @@ from test_init import write_tree
 
 from carft_ray import files
 from carft_ray.errors import RecipeError
-from carft_ray.recipe import yaml
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import dump_recipe, load_recipe, resolve_path
 from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, schema_text
@@ -30,6 +29,7 @@ from carft_ray.recipe.schema.fields import Class, members, not_searched, resume_
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import SEARCHABLE
 from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.written import parse_yaml
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import baselines
@@ -146,7 +146,7 @@ data:
 
 def refusals(path):
     """Tells whether the schema, and whether the package, refuses a recipe."""
-    by_schema = not VALIDATOR.is_valid(yaml.parse(path.read_text(), "r.yaml").value)
+    by_schema = not VALIDATOR.is_valid(parse_yaml(path.read_text(), "r.yaml").value)
     try:
         load_recipe(path)
     except RecipeError:

@@ -17,7 +17,7 @@ from study_steps import contents, failed, finish, optuna_study, run_all, run_sea
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.loading import apply
 from carft_ray.study import attributes
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study

@@ -344,6 +344,7 @@ def train(
     require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
+    from carft_ray.evaluation.alpha import point_at
     from carft_ray.launch.command import Plan, train_once
     from carft_ray.ui.progress import training_shown
 
@@ -352,7 +353,7 @@ def train(
         result, zero_shot = train_once(plan, resume)
     rows = {
         "zero-shot": zero_shot,
-        "fine-tuned, alpha 1": result["fine_tuned"],
+        "fine-tuned, alpha 1": point_at(result["curve"], 1.0) or {},
         f"mixed, alpha {result['alpha']:g}": result["metrics"],
     }
     line = "Validation sets; alpha was chosen on them. Intervals: over images."

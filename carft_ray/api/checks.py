@@ -15,7 +15,7 @@ from carft_ray import environment
 from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.yaml import quoted
+from carft_ray.recipe.written import quoted
 from carft_ray.ui import notebook
 
 P = ParamSpec("P")

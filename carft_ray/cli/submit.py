@@ -178,7 +178,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 def _show(upload: "Upload", variables: Sequence[str], address: str | None, installed: bool, json_: bool) -> None:
     """Prints all that would be sent, of variables their names."""
     from carft_ray.launch import job_package, jobs
-    from carft_ray.recipe.yaml import dump
+    from carft_ray.recipe.written import dump_yaml
 
     modules = [] if installed else job_package.folders()
     answer: dict[str, Any] = {
@@ -195,7 +195,7 @@ def _show(upload: "Upload", variables: Sequence[str], address: str | None, insta
     if console.print_json(answer, json_):
         return
     recipe = answer.pop("recipe")
-    console.show(dump(answer))
+    console.show(dump_yaml(answer))
     if recipe:
         console.show(f"recipe.yaml:\n\n{recipe}")
     if upload.paths:

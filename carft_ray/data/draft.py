@@ -31,7 +31,7 @@ from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 from carft_ray.recipe.rules import ROLES
 from carft_ray.recipe.schema.data import FolderSet
-from carft_ray.recipe.yaml import quoted
+from carft_ray.recipe.written import quoted
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class

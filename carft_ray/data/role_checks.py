@@ -12,7 +12,7 @@ from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.data import TEST_ROLES, CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.yaml import dotted
+from carft_ray.recipe.written import dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
 

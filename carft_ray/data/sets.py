@@ -52,7 +52,7 @@ from carft_ray.recipe.schema.data import (
     plain,
 )
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.yaml import KeyPath, dotted
+from carft_ray.recipe.written import KeyPath, dotted
 from carft_ray.untrusted import read_text, visible
 
 FORMAT_VERSION = 4

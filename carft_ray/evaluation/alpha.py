@@ -101,6 +101,11 @@ def curve_points(tables: Mapping[float, pa.Table], spec: ObjectiveSpec, bounds: 
     ]
 
 
+def point_at(points: Iterable[Point], alpha: float) -> Point | None:
+    """Returns the point of a curve that was measured at an alpha; None where none was."""
+    return next((point for point in points if point["alpha"] == alpha), None)
+
+
 def choose_point(points: Iterable[Point], lowest: float) -> Point:
     """Returns the best of the points from ``lowest`` on, of which there is one; see the module."""
     allowed = sorted((point for point in points if point["alpha"] >= lowest - 1e-9), key=lambda point: point["alpha"])

@@ -40,13 +40,13 @@ from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_errors import no_successful_trial, set_aside_error
 from carft_ray.launch.ray_private import forget_pickled_columns
-from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
+from carft_ray.launch.runtime import Runner, Runtime, Say, decide_targets, make_runtime
 from carft_ray.launch.stop import interruption, interruptions_as
 from carft_ray.launch.worker import RUNNER
 from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe, single
-from carft_ray.recipe.space import decide_targets, num_trials
+from carft_ray.recipe.space import num_trials
 from carft_ray.store.log import log_of
 from carft_ray.store.record import progress_words
 from carft_ray.study.holding import is_ours, is_study

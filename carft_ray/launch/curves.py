@@ -11,8 +11,8 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch.events import BaselineFinished, Event, TrialEpoch, TrialFinished, TrialStep
 from carft_ray.layout import METRICS
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import apply
 from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.training.tensorboard import add_hparams, add_scalars, begin_file, run_folder, tag_of, varied
 

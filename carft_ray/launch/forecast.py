@@ -28,13 +28,13 @@ from carft_ray.launch.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare
 from carft_ray.launch.here import run_trainings
 from carft_ray.launch.preparation import fill_nodes
-from carft_ray.launch.runtime import Say
+from carft_ray.launch.runtime import Say, decide_targets, num_stored_visits
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import decide_targets, drawn, middle, num_stored_visits, num_trials
+from carft_ray.recipe.space import drawn, middle, num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.training import result_of

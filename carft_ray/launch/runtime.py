@@ -1,6 +1,12 @@
-"""What every training of a search shares, wherever it runs: recipe, folder, capacity, and the functions to call."""
+"""What every training of a search shares, wherever it runs: recipe, folder, capacity, and the functions to call.
 
-from collections.abc import Callable
+What ``resources`` leaves open is decided here, for one search: cores and GPUs by the nodes, ``targets`` by the
+trainings. Those with equal values of ``VIEW_FIELDS`` have the same targets of the frozen model: then storing them pays.
+What a device decides (``precision``, ``compile``, ``data.pack``) is decided where a training runs.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +15,10 @@ from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.launch.capacity import Capacity, Node, capacity_of
 from carft_ray.launch.file_transfer import StudyFiles
 from carft_ray.launch.mailbox import Box, Mailbox
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.loading import apply
+from carft_ray.recipe.schema.recipe import Recipe, with_keys
+from carft_ray.recipe.schema.train import FEATURE_TERMS
+from carft_ray.recipe.space import num_trials, num_values
 from carft_ray.training.run_context import RunContext
 
 Say = Callable[[str], None]
@@ -17,6 +26,7 @@ Fill = Callable[[Recipe, Path, Say], None]
 Prepare = Callable[[Recipe, Path, Say], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
 STOP_CHECK_S = 0.5
+VIEW_FIELDS = ("seed", "crop_scale", "context_scale", "precision")
 
 
 @dataclass(frozen=True)
@@ -87,3 +97,55 @@ def make_runtime(
     resources = recipe.resources.model_copy(update=resolved)
     recipe = without_shared(recipe, read_shared(study_dir))
     return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, may_grow=may_grow)
+
+
+def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None = None) -> tuple[Recipe, str]:
+    """Resolves ``resources.targets``: ``auto`` is ``stored`` where trainings share targets, else ``online``.
+
+    Where no training could store any (``TrainConfig.shares_targets``), ``stored`` becomes ``online``, too.
+
+    Args:
+        recipe: The recipe of a study.
+        trainings: Values over ``train`` of all trainings; None: the trials and baselines of a search. Of trials two are
+            expected to share where there are twice as many as combinations of values.
+
+    Returns:
+        The recipe, and a line that says what was decided; no line where it was given, or nothing needs a target.
+    """
+    asked, space = recipe.resources.targets, recipe.search.space
+    if asked == "online":
+        return recipe, ""
+    given = recipe.search.baselines.values() if trainings is None else trainings
+    known = [apply(recipe, values).train for values in given]
+    views = [tuple(getattr(train, name) for name in VIEW_FIELDS) for train in known if train.shares_targets]
+    more = recipe.train.feature_terms or any(f"{name}_weight" in space for name in FEATURE_TERMS)
+    moves = trainings is None and (recipe.train.teacher == "average" or "teacher" in space)
+    trials_have_kl = trainings is None and (recipe.train.kl_weight > 0 or "kl_weight" in space)
+    trials_share = trials_have_kl and not more and not moves
+    if not views and not trials_share:
+        if not any(train.compares_models for train in known) and not (trainings is None and (trials_have_kl or more)):
+            return recipe, ""
+        mode, why = "online", "since the penalties run the frozen model on each batch"
+        if moves or any(train.moves_teacher for train in known):
+            why = "since the targets of a moving teacher are never stored"
+    elif asked == "stored":
+        return recipe, ""
+    elif len({*views}) < len(views) or (trials_share and num_trials(recipe) >= 2 * num_views(recipe)):
+        mode, why = "stored", "the first training that needs them keeps them for later ones"
+    else:
+        mode, why = "online", f"since no two trainings have the same {', '.join(VIEW_FIELDS)}"
+    return with_keys(recipe, resources={"targets": mode}), f"resources.targets: {mode}, {why}"
+
+
+def num_views(recipe: Recipe) -> float:
+    """Returns how many combinations of ``VIEW_FIELDS`` trials can have; infinity where one has no step."""
+    searched = [recipe.search.space[name] for name in VIEW_FIELDS if name in recipe.search.space]
+    return math.prod(num_values(parameter) or math.inf for parameter in searched)
+
+
+def num_stored_visits(recipe: Recipe) -> int:
+    """Returns how many visits of the training set the trials of a search store."""
+    if decide_targets(recipe)[0].resources.targets != "stored":
+        return 0
+    epochs = int(getattr(recipe.search.space.get("epochs"), "high", recipe.train.epochs))
+    return epochs * int(min(num_views(recipe), num_trials(recipe)))

@@ -30,8 +30,8 @@ from carft_ray.launch.node_files import Delivery, sees, training_at_hand
 from carft_ray.launch.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Fill, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.recipe.space import apply
 from carft_ray.store import record
 from carft_ray.store.process import process_started
 from carft_ray.study.training import Failure, TrialSpec

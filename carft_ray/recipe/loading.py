@@ -17,14 +17,23 @@ from pydantic import ValidationError
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.files import is_address
-from carft_ray.recipe import yaml
-from carft_ray.recipe.messages import Places, apply_overrides, at, problems_in, shown
 from carft_ray.recipe.methods import METHOD, with_method
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schema.fields import Config, PathIn, path_in
 from carft_ray.recipe.schema.model import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe, with_keys
-from carft_ray.recipe.yaml import KeyPath
+from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.written import (
+    KeyPath,
+    Places,
+    apply_overrides,
+    at,
+    dotted,
+    dump_yaml,
+    parse_yaml,
+    problems_in,
+    shown,
+)
 from carft_ray.untrusted import read_text, visible
 
 MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
@@ -59,7 +68,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), reads: Reads = reads_
 
 def parse_recipe(written: str, path: Path, overrides: Sequence[str] = (), reads: Reads = reads_any) -> Recipe:
     """As ``load_recipe``, for the text that a file has or is to have."""
-    document = yaml.parse(written, str(path))
+    document = parse_yaml(written, str(path))
     if document.problems:
         raise RecipeError(document.problems)
     return _checked(document.value, Places(str(path), document.lines), overrides, path.resolve().parent, reads)
@@ -82,6 +91,24 @@ def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = (), reads: Re
     return _checked(_plain(value), Places("", {}), overrides, Path.cwd(), reads)
 
 
+def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe that trains with the given values.
+
+    Args:
+        recipe: The recipe of a study.
+        values: Values over the fields of ``train``: of a trial or of a baseline.
+
+    Raises:
+        RecipeError: A name is no field of ``train``, or a value breaks its rule.
+    """
+    merged = {**recipe.train.model_dump(), **values}
+    try:
+        train = TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(problems_in(error, TrainConfig, ("train",))) from None
+    return recipe.model_copy(update={"train": train})
+
+
 def keys_of(overrides: Sequence[str]) -> list[str]:
     """Returns the key paths that overrides set."""
     return [written.partition("=")[0].strip() for written in overrides]
@@ -101,7 +128,7 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     named = [text for text in overrides if keys_of([text]) == [METHOD]]
     overrides = [text for text in overrides if text not in named]
     if named:
-        value = with_method(value, str(yaml.parse(named[-1].partition("=")[2], "--method").value), overrides)
+        value = with_method(value, str(parse_yaml(named[-1].partition("=")[2], "--method").value), overrides)
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError(places.placed(unwritable))
@@ -224,7 +251,7 @@ def paths_by_key(recipe: Recipe) -> dict[str, str]:
 def _paths(recipe: Recipe) -> dict[str, str]:
     """Returns the paths of a recipe by key path."""
     found: dict[str, str] = {}
-    _visited(recipe, lambda path, written: found.setdefault(yaml.dotted(path), written))
+    _visited(recipe, lambda path, written: found.setdefault(dotted(path), written))
     return found
 
 
@@ -285,12 +312,12 @@ def trust_word(recipe: Recipe) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value."""
-    return yaml.dump(recipe.model_dump(mode="json"))
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def dump_given(recipe: Recipe) -> str:
     """Returns the keys of a recipe that were set, as YAML; it loads back to an equal value."""
-    return yaml.dump(recipe.model_dump(mode="json", exclude_unset=True))
+    return dump_yaml(recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def recipe_hash(recipe: Recipe) -> str:

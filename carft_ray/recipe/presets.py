@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from carft_ray.errors import Problem, UsageError, require_choice
-from carft_ray.recipe import yaml
+from carft_ray.recipe.written import parse_yaml
 
 PACKAGED = Path(__file__).resolve().parents[1] / "search_spaces"
 CHECKOUT = Path(__file__).resolve().parents[2] / "search_spaces"
@@ -76,7 +76,7 @@ def preset_text(name: str, hold_out: str | None = None) -> str:
     written = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     if hold_out is None:
         return written
-    data = yaml.parse(written, name).value["data"]
+    data = parse_yaml(written, name).value["data"]
     trained = data["train"].get("domains", ())
     tested = [domain for one in data.get("ood_test", {}).values() for domain in one.get("domains", ())]
     if len(tested) != 1 or len(trained) < 2:

@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
-from carft_ray.recipe.messages import at, nearest_key, shown, train_problems, unlisted
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.data import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, plain
 from carft_ray.recipe.schema.fields import Config, core_type
@@ -29,7 +28,7 @@ from carft_ray.recipe.schema.search import (
 )
 from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig, field_kind
 from carft_ray.recipe.space import condition_problems, enqueue_problems, grid_size, num_values
-from carft_ray.recipe.yaml import KeyPath, dotted
+from carft_ray.recipe.written import KeyPath, at, dotted, nearest_key, shown, train_problems, unlisted
 from carft_ray.words import counted
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")

@@ -3,28 +3,21 @@
 A parameter with a condition (``search.space.X.when``) that does not hold is inactive: it is not drawn. A parameter that
 is not drawn, or not in the space, has its value of ``train``. So a space is a set of values over all fields of
 ``train``. Optuna is not needed here.
-
-Trainings whose values of ``VIEW_FIELDS`` are equal have the same targets of the frozen model: then storing them pays.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from pydantic import ValidationError
-
-from carft_ray.errors import Problem, RecipeError
-from carft_ray.recipe.messages import at, nearest_key, problems_in, shown, unlisted
-from carft_ray.recipe.schema.recipe import Recipe, with_keys
+from carft_ray.errors import Problem
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import SEARCHABLE, CategoricalParameter, IntParameter, Parameter, decimal
-from carft_ray.recipe.schema.train import FEATURE_TERMS, TrainConfig
-from carft_ray.recipe.yaml import KeyPath
+from carft_ray.recipe.written import KeyPath, at, nearest_key, shown, unlisted
 
 TOLERANCE = Decimal("1e-8")  # of a step, by which a drawn value may miss the grid; Optuna's own
-VIEW_FIELDS = ("seed", "crop_scale", "context_scale", "precision")
 
 
 def same(left: Any, right: Any) -> bool:
@@ -147,24 +140,6 @@ def num_trials(recipe: Recipe) -> int:
     return search.trials if size is None else min(search.trials, size)
 
 
-def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Returns the recipe that trains with the given values.
-
-    Args:
-        recipe: The recipe of a study.
-        values: Values over the fields of ``train``: of a trial or of a baseline.
-
-    Raises:
-        RecipeError: A name is no field of ``train``, or a value breaks its rule.
-    """
-    merged = {**recipe.train.model_dump(), **values}
-    try:
-        train = TrainConfig.model_validate(merged)
-    except ValidationError as error:
-        raise RecipeError(problems_in(error, TrainConfig, ("train",))) from None
-    return recipe.model_copy(update={"train": train})
-
-
 def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:
     """Returns the values of one trial as random search draws them, without those of inactive parameters.
 
@@ -257,55 +232,3 @@ def _unfit(place: KeyPath, parameter: Parameter, value: Any) -> Problem:
         return unlisted(place, "must be one of the choices", value, parameter.choices)
     steps = "" if parameter.step is None else f" in steps of {parameter.step}"
     return at(place, f"must be a number from {parameter.low} to {parameter.high}{steps}", shown(value))
-
-
-def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None = None) -> tuple[Recipe, str]:
-    """Resolves ``resources.targets``: ``auto`` is ``stored`` where trainings share targets, else ``online``.
-
-    Where no training could store any (``TrainConfig.shares_targets``), ``stored`` becomes ``online``, too.
-
-    Args:
-        recipe: The recipe of a study.
-        trainings: Values over ``train`` of all trainings; None: the trials and baselines of a search. Of trials two are
-            expected to share where there are twice as many as combinations of values.
-
-    Returns:
-        The recipe, and a line that says what was decided; no line where it was given, or nothing needs a target.
-    """
-    asked, space = recipe.resources.targets, recipe.search.space
-    if asked == "online":
-        return recipe, ""
-    given = recipe.search.baselines.values() if trainings is None else trainings
-    known = [apply(recipe, values).train for values in given]
-    views = [tuple(getattr(train, name) for name in VIEW_FIELDS) for train in known if train.shares_targets]
-    more = recipe.train.feature_terms or any(f"{name}_weight" in space for name in FEATURE_TERMS)
-    moves = trainings is None and (recipe.train.teacher == "average" or "teacher" in space)
-    trials_have_kl = trainings is None and (recipe.train.kl_weight > 0 or "kl_weight" in space)
-    trials_share = trials_have_kl and not more and not moves
-    if not views and not trials_share:
-        if not any(train.compares_models for train in known) and not (trainings is None and (trials_have_kl or more)):
-            return recipe, ""
-        mode, why = "online", "since the penalties run the frozen model on each batch"
-        if moves or any(train.moves_teacher for train in known):
-            why = "since the targets of a moving teacher are never stored"
-    elif asked == "stored":
-        return recipe, ""
-    elif len({*views}) < len(views) or (trials_share and num_trials(recipe) >= 2 * num_views(recipe)):
-        mode, why = "stored", "the first training that needs them keeps them for later ones"
-    else:
-        mode, why = "online", f"since no two trainings have the same {', '.join(VIEW_FIELDS)}"
-    return with_keys(recipe, resources={"targets": mode}), f"resources.targets: {mode}, {why}"
-
-
-def num_views(recipe: Recipe) -> float:
-    """Returns how many combinations of ``VIEW_FIELDS`` trials can have; infinity where one has no step."""
-    searched = [recipe.search.space[name] for name in VIEW_FIELDS if name in recipe.search.space]
-    return math.prod(num_values(parameter) or math.inf for parameter in searched)
-
-
-def num_stored_visits(recipe: Recipe) -> int:
-    """Returns how many visits of the training set the trials of a search store."""
-    if decide_targets(recipe)[0].resources.targets != "stored":
-        return 0
-    epochs = int(getattr(recipe.search.space.get("epochs"), "high", recipe.train.epochs))
-    return epochs * int(min(num_views(recipe), num_trials(recipe)))

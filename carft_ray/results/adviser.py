@@ -14,10 +14,10 @@ from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import trust_word
-from carft_ray.recipe.messages import train_problems
 from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
+from carft_ray.recipe.written import train_problems
 from carft_ray.results.confirmation import TRIALS, read_plan, whole_rows, without_penalties
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview

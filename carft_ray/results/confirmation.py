@@ -22,13 +22,14 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem, UsageError
+from carft_ray.evaluation.alpha import point_at
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
-from carft_ray.recipe.space import apply
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.intervals import values_by_seed
@@ -147,9 +148,9 @@ def first_stage(
         if row.objective is None:
             continue
         rows.append(_plan_row(row, "baseline", int(row.name != ZERO_SHOT)))
-        at_one = view.result(row).get("fine_tuned", {}).get("objective")
+        at_one = point_at(view.result(row).get("curve") or (), 1.0)
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
-            rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=float(at_one)))
+            rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=at_one["objective"]))
     for other in against:
         rival = _rival(view, other, (*known, *rows))
         rows += [] if rival in rows else [rival]  # a study that is given twice is one

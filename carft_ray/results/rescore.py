@@ -16,9 +16,9 @@ from carft_ray.errors import HoldOutError, Problem, UsageError, nearest
 from carft_ray.evaluation.alpha import Limit, Point, choose_point, curve_points, limits
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import total_violation, violations
-from carft_ray.recipe.space import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
 from carft_ray.study.place import named

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.layout import ATTEMPT, BEST, OWN, ROWS, STEP, THUMBNAILS, WEIGHTS
-from carft_ray.recipe.loading import dump_recipe, trust_word
+from carft_ray.recipe.loading import apply, dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violation_words
-from carft_ray.recipe.space import apply
 from carft_ray.store.folder import Store
 from carft_ray.study.front import front_rule, stand
 from carft_ray.study.rows import best_first, best_row

@@ -17,11 +17,10 @@ from carft_ray import environment
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import COMMITS
-from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.yaml import dotted
+from carft_ray.recipe.written import dotted, shown
 from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.untrusted import require_plain

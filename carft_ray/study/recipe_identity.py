@@ -29,12 +29,11 @@ from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import COMMITS, MANIFEST, RESOLVED
 from carft_ray.recipe import loading
 from carft_ray.recipe.loading import recipe_of
-from carft_ray.recipe.messages import child_type, shown
 from carft_ray.recipe.schema.data import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.schema.fields import Class, field_of, resume_of
 from carft_ray.recipe.schema.model import is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.yaml import KeyPath, dotted
+from carft_ray.recipe.written import KeyPath, child_type, dotted, shown
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import provenance, trust, typed

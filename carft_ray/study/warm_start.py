@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.data.class_names import class_folders
 from carft_ray.errors import Problem, RecipeError, UsageError, nearest
 from carft_ray.layout import COMMITS
-from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import place
+from carft_ray.recipe.written import shown
 from carft_ray.store.copy import STATE
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import rows

@@ -39,7 +39,7 @@ from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.rules import named_sets, warnings
 from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
-from carft_ray.recipe.yaml import KeyPath, dotted
+from carft_ray.recipe.written import KeyPath, dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.memory import micro_batch_to_begin_with

@@ -31,6 +31,7 @@ from carft_ray.evaluation.alpha import (
     is_at_chance,
     limits,
     measure_curve,
+    point_at,
 )
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
@@ -226,8 +227,8 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
         tables = measure_curve(recipe, read_predictions(start), at)
     table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
     at_chance = alphas_at_chance(tables, spec.id_set)
-    fixed = [point for point in curve if point["alpha"] == recipe.train.alpha]
-    metrics = dict(fixed[0] if fixed else choose_point(curve, recipe.search.alpha.lowest))
+    fixed = None if recipe.train.alpha is None else point_at(curve, recipe.train.alpha)
+    metrics = dict(fixed or choose_point(curve, recipe.search.alpha.lowest))
     alpha = metrics.pop("alpha")
     if training.context.rank == 0:
         write_predictions(training.place / layout.PREDICTIONS, table)
@@ -237,7 +238,6 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
         "objective": metrics["objective"],
         "alpha": alpha,
         "metrics": metrics,
-        "fine_tuned": metrics_at(tables[1.0], spec, 1.0),
         "curve": curve,
         "at_chance": 1.0 in at_chance,
         "train": recipe.train.model_dump(mode="json"),

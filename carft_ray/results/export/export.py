@@ -27,6 +27,7 @@ import torch
 from carft_ray import __version__
 from carft_ray.environment import outside_ranges
 from carft_ray.errors import Problem, UsageError, require_choice
+from carft_ray.evaluation.alpha import point_at
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
@@ -173,8 +174,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         has_bias: The class head has a bias.
     """
     recipe, result, inputs = trained.recipe, trained.result, trained.inputs
-    metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
-    metrics = metrics or evaluate_trained(trained, alpha)[0]
+    metrics = point_at(result["curve"], alpha) or evaluate_trained(trained, alpha)[0]
     accuracies = [
         f"| {markdown(name)} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |"
         for name, count in result["num_images"].items()

@@ -19,9 +19,8 @@ from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.device import device_of, set_up
-from carft_ray.recipe.loading import trust_word
+from carft_ray.recipe.loading import apply, trust_word
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space import apply
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.status_and_ls import placed
 from carft_ray.store.copy import MODELS
