@@ -45,6 +45,7 @@ from carft_ray.study.ledger import Entry, read_ledger, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import baselines, best_row, confirmations, trials
+from carft_ray.study.training import result_of
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.ui.progress import search_shown
 
@@ -295,6 +296,27 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     for path in ("summary.json", "read-1/summary.json"):
         assert json.loads((again / "test" / path).read_text()) == read[1]
     assert len(read_ledger(again)) == 1
+
+
+def test_an_ablation_is_shown_at_the_alpha_that_suits_it_best_too_and_takes_no_part_in_the_family(here):
+    study, recipe = here / "study", load_recipe(here / "study" / "resolved.yaml")
+    best = best_row(trials(study))
+    winner = PlanRow(best.name, "winner", best.name, 0.6, best.values, 0.3)
+    [ablation] = confirmation.without_penalties(recipe, winner)
+    stage = Stage(best.name, (101, 102), (winner, ablation))
+    write_plan(study, stage, None)
+    short_sealed.confirm(study, {name: {**each, "alpha": 0.6} for name, each in stage.trainings().items()})
+    rows = [row for row in confirmations(study) if row.name.startswith(f"{ablation.training}-seed")]
+    curves = [{point["alpha"]: point["objective"] for point in result_of(study, row)["curve"]} for row in rows]
+    means = {alpha: np.mean([curve[alpha] for curve in curves]) for alpha in (0.6, 1.0)}
+    best_alpha, other = sorted(means, key=means.get, reverse=True)
+    for alpha, expected in ((best_alpha, [best_alpha]), (other, [other, best_alpha])):
+        summary = summarise(study, recipe, replace(stage, rows=(winner, replace(ablation, alpha=alpha))), None)
+        found = [row for row in summary["rows"] if row["role"] == "ablation"]
+        assert [row["alpha"] for row in found] == expected
+        assert [row["objective"]["mean"] for row in found] == pytest.approx([means[each] for each in expected])
+        assert [row["name"] for row in found][1:] == [f"{ablation.name}, its own alpha"][: len(expected) - 1]
+        assert summary["baselines"] == []
 
 
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, here):
