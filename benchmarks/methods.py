@@ -6,12 +6,16 @@ What a user would run, by the command line:
     confirm   the winner of the first method, those of the others and the first study's baselines, with fresh seeds
     test      all of them on id_test and ood_test, once, at the alphas that validation chose
 
-It prints a table in Markdown, writes it to ``--out`` with all numbers and draws it. Everything is kept there: a run
+It prints tables in Markdown, writes them to ``--out`` with all numbers and draws them. Everything is kept there: a run
 that was killed continues with the same command, and a finished one is only printed again. Like ``carft-ray test``, and
 unlike every search and training, it **reads the test sets**.
+
+A method can have more OOD accuracy only because it has moved less from the zero-shot model. So the second table reads
+the front of each search (all its trainings at all alphas measured, validation sets) at the same ID accuracies.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -19,18 +23,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.effect_figure import Estimate, effect_figure
+from benchmarks.methods_figure import MARKED, Row, forest, fronts_figure
 from carft_ray import environment, files
 from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.methods import methods
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.figure import INK
+from carft_ray.study.front import non_dominated
+from carft_ray.study.rows import trials
+from carft_ray.study.training import result_of
 from carft_ray.ui import console
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "methods"
 NUM_SEEDS = 5
+PLAIN = "fine_tuning"
+ROUNDING = 1e-9
+Pair = tuple[float, float]
 SUMMARY = Path("test") / "summary.json"
+LEVELS = (0.5, 0.8, 1.0)  # of the way from the zero-shot model's ID accuracy to the highest that all searches reach
 COLUMNS = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
 
 
@@ -71,17 +83,20 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
             return done.returncode
     summary = files.read_json(Path(first), str(SUMMARY))
     confirmed = files.read_json(Path(first), "confirm/summary.json")
-    shown = [*markdown(summary, confirmed), "", f"{names[0]}, {summary['headline']}"]
+    fronts, levels, table = equal_id({name: Path(study) for name, study in studies.items()})
+    shown = [*markdown(summary, confirmed, names[0]), "", *table, "", f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
-    about["this_call_s"] = round(time.monotonic() - began, 1)
-    files.write_json(out / "methods.json", {**about, "test": summary, "confirm": confirmed})
+    about |= {"cpu": environment.cpu_model(), "this_call_s": round(time.monotonic() - began, 1)}
+    numbers = {"test": summary, "confirm": confirmed, "fronts": fronts, "levels": levels}
+    files.write_json(out / "methods.json", {**about, **numbers})
     print("\n".join(shown))
-    below = f"test sets; 95 % intervals, {len(summary['seeds'])} seeds"
+    below = f"test sets; 95 % intervals over seeds and images, {len(summary['seeds'])} fresh seeds"
     synthetic = recipe.data.train.source == "sandbox"
-    effect_figure(
-        estimates(summary), out / "methods.png", out / "methods.svg", recipe.name, words=below, synthetic=synthetic
-    )
+    forest(rows_of(summary, names[0]), recipe.name, below, synthetic, out / "methods.png", out / "methods.svg")
+    coloured_first = sorted(names, key=lambda name: (name != names[0], name != PLAIN))
+    shown_fronts = {name: fronts[name] for name in coloured_first}
+    fronts_figure(shown_fronts, recipe.name, synthetic, out / "fronts.png", out / "fronts.svg")
     return 0
 
 
@@ -100,15 +115,20 @@ def check(recipe: Recipe, path: Path) -> None:
         raise UsageError(problems)
 
 
-def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any]) -> list[str]:
-    """Returns the rows of ``test/summary.json`` as a Markdown table, accuracies in percent with 95 % intervals."""
+def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any], first: str) -> list[str]:
+    """Returns the rows of ``test/summary.json`` as a Markdown table, accuracies in percent with 95 % intervals.
+
+    Args:
+        summary: The content of the file.
+        confirmed: That of ``confirm/summary.json``.
+        first: The method of the winner.
+    """
     differences = {each["other"]: each for each in summary["baselines"]}
     trainings = {row["name"]: row["chosen_from"] for row in confirmed["rows"]}
-    titles = ["", "best of", "alpha", *COLUMNS.values(), "the first minus this", "p"]
+    titles = ["", "best of", "alpha", *COLUMNS.values(), f"{first} minus this", "p"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in summary["rows"]:
-        name = "the first" if row["role"] == "winner" else row["name"]
-        cells = [name.replace("_", " "), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
+        cells = [_name(row, first), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
         cells += [_cell(row[name]) for name in COLUMNS]
         other = differences.get(row["name"])
         cells += [_cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
@@ -116,16 +136,39 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any]) -> list[s
     return lines
 
 
-def estimates(summary: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
-    """Returns the accuracies of the rows for the figure: ID, OOD mean, and each OOD test set."""
-    found = {}
-    for row in summary["rows"]:
-        ood = {name: each for name, each in row["sets"].items() if name != "id_test"}
-        columns = {"ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"], **ood}
-        found[row["name"].replace("_", " ")] = {
-            name: Estimate(each["mean"], *each["ends"]) for name, each in columns.items() if each is not None
-        }
+def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[float], list[str]]:
+    """Returns the front of each search by method, the ID accuracies of ``LEVELS``, and the OOD accuracies there."""
+    fronts: dict[str, list[Pair]] = {}
+    starts = []
+    for name, study in studies.items():
+        curves = [result_of(study, row)["curve"] for row in trials(study) if row.outcome == "complete"]
+        points = [(point["id_accuracy"], point["ood_accuracy"]) for curve in curves for point in curve]
+        starts.append(curves[0][0]["id_accuracy"])  # at alpha 0
+        fronts[name] = [points[index] for index in non_dominated(points)]
+    highest = min(front[-1][0] for front in fronts.values())
+    levels = [starts[0] + share * (highest - starts[0]) for share in LEVELS]
+    titles = ["OOD on validation, highest with ID of at least", *(f"{100 * level:.1f} %" for level in levels)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, front in fronts.items():
+        found = (max(ood for accuracy, ood in front if accuracy >= level - ROUNDING) for level in levels)
+        lines.append("| " + " | ".join([name.replace("_", " "), *(f"{100 * each:.1f}" for each in found)]) + " |")
+    return fronts, levels, lines
+
+
+def rows_of(summary: Mapping[str, Any], first: str) -> list[Row]:
+    """Returns the rows of ``test/summary.json`` for the figure, the highest objective first; args as ``markdown``."""
+    found = []
+    for row in sorted(summary["rows"], key=lambda row: -row["objective"]["mean"]):
+        columns = {title: (row[name]["mean"], *row[name]["ends"]) for name, title in COLUMNS.items() if row[name]}
+        name = _name(row, first)
+        found.append(Row(name, columns, MARKED[0] if name == first else MARKED[1] if name == PLAIN else INK))
     return found
+
+
+def _name(row: Mapping[str, Any], first: str) -> str:
+    """Returns a row's method, without the name of the trial that won its search: each method has one."""
+    named = re.sub(r"^t\d{4,}-\w+", first, row["name"])
+    return re.sub(r" t\d{4,}-\w+", "", named)
 
 
 def _cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:

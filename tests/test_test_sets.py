@@ -305,11 +305,12 @@ def test_an_ablation_is_shown_at_the_alpha_that_suits_it_best_too_and_takes_no_p
     [ablation] = confirmation.without_penalties(recipe, winner)
     stage = Stage(best.name, (101, 102), (winner, ablation))
     write_plan(study, stage, None)
-    short_sealed.confirm(study, {name: {**each, "alpha": 0.6} for name, each in stage.trainings().items()})
+    short_sealed.confirm(study, stage.trainings())
     rows = [row for row in confirmations(study) if row.name.startswith(f"{ablation.training}-seed")]
     curves = [{point["alpha"]: point["objective"] for point in result_of(study, row)["curve"]} for row in rows]
-    means = {alpha: np.mean([curve[alpha] for curve in curves]) for alpha in (0.6, 1.0)}
-    best_alpha, other = sorted(means, key=means.get, reverse=True)
+    assert [*curves[0]] == list(recipe.search.alpha.measured)
+    means = {alpha: np.mean([curve[alpha] for curve in curves]) for alpha in curves[0] if alpha}
+    best_alpha, *_, other = sorted(means, key=means.get, reverse=True)
     for alpha, expected in ((best_alpha, [best_alpha]), (other, [other, best_alpha])):
         summary = summarise(study, recipe, replace(stage, rows=(winner, replace(ablation, alpha=alpha))), None)
         found = [row for row in summary["rows"] if row["role"] == "ablation"]
@@ -404,7 +405,8 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in objectives:
-            finish(study, study.next(), objective, alpha=0.5, fine_tuned={"objective": objective / 2})
+            curve = [{"alpha": alpha, "objective": objective / scale} for alpha, scale in ((0.5, 1), (1.0, 2))]
+            finish(study, study.next(), objective, alpha=0.5, curve=curve)
     return read_study(study_dir)
 
 

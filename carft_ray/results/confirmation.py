@@ -60,7 +60,8 @@ class PlanRow:
         training: Name of its trainings less the seed; None: the zero-shot model.
         alpha: Its mixing coefficient.
         values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
-            training is evaluated there and on the whole grid, at every point of the front that it may get.
+            training is evaluated there and on the whole grid, at every point of the front that it may get. With alpha
+            None it is evaluated on the grid.
         objective: That of the search, one training on the study's seed; 0 of an ablation, which has none.
         chosen_from: Number of trainings that it is the best of.
     """
@@ -304,7 +305,9 @@ def without_penalties(recipe: Recipe, winner: PlanRow) -> list[PlanRow]:
     weights = {name: 0 for name in PENALTIES if getattr(train, name)}
     if not weights or train.function is not None:
         return []
-    row = replace(winner, name=f"{winner.name}, no penalties", role="ablation", values=winner.values | weights)
+    # where the winner's alpha is on the grid, the whole curve is measured: its own alpha may be any on it
+    free = {"alpha": None} if winner.alpha in recipe.search.alpha.measured else {}
+    row = replace(winner, name=f"{winner.name}, no penalties", role="ablation", values=winner.values | weights | free)
     return [replace(row, training=f"{winner.training}-no-penalties", objective=0.0, chosen_from=1)]
 
 
