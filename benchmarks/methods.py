@@ -18,7 +18,6 @@ import argparse
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from carft_ray.recipe.methods import methods
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.figure import INK
 from carft_ray.study.front import non_dominated
-from carft_ray.study.rows import trials
+from carft_ray.study.rows import rows_by_kind, trials
 from carft_ray.study.training import result_of
 from carft_ray.ui import console
 
@@ -39,10 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "methods"
 NUM_SEEDS = 5
 PLAIN = "fine_tuning"
+TRIAL = re.compile(r"t\d{4,}-[0-9a-f]{4}")  # a trial in a name
 ROUNDING = 1e-9
 Pair = tuple[float, float]
 SUMMARY = Path("test") / "summary.json"
-LEVELS = (0.5, 0.8, 1.0)  # of the way from the zero-shot model's ID accuracy to the highest that all searches reach
+LEVELS = (0.7, 0.8, 0.9)  # of the way from the ID accuracy of zero-shot to the highest of plain fine-tuning's search
 COLUMNS = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
 
 
@@ -75,7 +75,6 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
     against = [word for study in others for word in ("--against", study)]
     commands.append(("confirm", first, "--top", "1", "--seeds", str(num_seeds), *against))
     commands.append(("test", first))
-    began = time.monotonic()
     for words in () if (Path(first) / SUMMARY).exists() else commands:
         print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
@@ -84,11 +83,14 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
     summary = files.read_json(Path(first), str(SUMMARY))
     confirmed = files.read_json(Path(first), "confirm/summary.json")
     fronts, levels, table = equal_id({name: Path(study) for name, study in studies.items()})
-    shown = [*markdown(summary, confirmed, names[0]), "", *table, "", f"{names[0]}, {summary['headline']}"]
+    tables = {"test": markdown(summary, confirmed, names[0]), "equal ID": table}
+    shown = [*tables["test"], "", *table, "", f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
-    about |= {"cpu": environment.cpu_model(), "this_call_s": round(time.monotonic() - began, 1)}
-    numbers = {"test": summary, "confirm": confirmed, "fronts": fronts, "levels": levels}
+    about |= {"cpu": environment.cpu_model(), **_cost([Path(study) for study in studies.values()])}
+    numbers = {name: summary[name] for name in ("headline", "seeds")} | {"optimism": confirmed["optimism"]}
+    numbers |= {"rows": [_numbers(row) for row in summary["rows"]], "fronts": fronts, "levels": levels}
+    numbers |= {"differences": [_numbers(each) for each in summary["baselines"]], "tables": tables}
     files.write_json(out / "methods.json", {**about, **numbers})
     print("\n".join(shown))
     below = f"test sets; 95 % intervals over seeds and images, {len(summary['seeds'])} fresh seeds"
@@ -145,13 +147,14 @@ def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[f
         points = [(point["id_accuracy"], point["ood_accuracy"]) for curve in curves for point in curve]
         starts.append(curves[0][0]["id_accuracy"])  # at alpha 0
         fronts[name] = [points[index] for index in non_dominated(points)]
-    highest = min(front[-1][0] for front in fronts.values())
-    levels = [starts[0] + share * (highest - starts[0]) for share in LEVELS]
+    start, highest = starts[0], fronts.get(PLAIN, fronts[next(iter(fronts))])[-1][0]
+    levels = [start + share * (highest - start) for share in LEVELS]
     titles = ["OOD on validation, highest with ID of at least", *(f"{100 * level:.1f} %" for level in levels)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, front in fronts.items():
-        found = (max(ood for accuracy, ood in front if accuracy >= level - ROUNDING) for level in levels)
-        lines.append("| " + " | ".join([name.replace("_", " "), *(f"{100 * each:.1f}" for each in found)]) + " |")
+        at_least = ([ood for accuracy, ood in front if accuracy >= level - ROUNDING] for level in levels)
+        cells = [name, *(f"{100 * max(each):.1f}" if each else "-" for each in at_least)]
+        lines.append(f"| {' | '.join(cells)} |")
     return fronts, levels, lines
 
 
@@ -167,8 +170,22 @@ def rows_of(summary: Mapping[str, Any], first: str) -> list[Row]:
 
 def _name(row: Mapping[str, Any], first: str) -> str:
     """Returns a row's method, without the name of the trial that won its search: each method has one."""
-    named = re.sub(r"^t\d{4,}-\w+", first, row["name"])
-    return re.sub(r" t\d{4,}-\w+", "", named)
+    if row["role"] == "baseline" and TRIAL.search(row["name"]) is None and row["alpha"]:
+        return f"baseline {row['name']}"
+    return TRIAL.sub("", re.sub(f"^{TRIAL.pattern}", first, row["name"])).strip()
+
+
+def _cost(studies: Sequence[Path]) -> dict[str, Any]:
+    """Returns how many trainings all studies have, those with fresh seeds included, and the hours of all of them."""
+    rows = [(study, row) for study in studies for found in rows_by_kind(study).values() for row in found]
+    seconds = [result_of(study, row)["elapsed_s"] for study, row in rows if row.outcome == "complete" and row.alpha]
+    return {"num_trainings": len(seconds), "hours_of_trainings": round(sum(seconds) / 3600, 2)}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of a row, or of a difference, what the tables and figures show."""
+    values = {name: {key: row[name][key] for key in ("mean", "ends")} for name in COLUMNS if row.get(name)}
+    return {name: row[name] for name in ("name", "other", "role", "alpha", "p") if name in row} | values
 
 
 def _cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:

@@ -1,4 +1,5 @@
-"""Writes the generated reference: tables of recipe keys, commands and their options, the JSON schema for editors.
+"""Writes the generated reference: tables of recipe keys, commands and their options, of methods and of comparisons that
+are kept, and the JSON schema for editors.
 
 ``python docs/keys.py`` writes them; with ``--check`` it fails if one is stale. A generated part is between
 ``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else in a document is written by hand.
@@ -34,6 +35,7 @@ Schema = dict[str, Any]
 Tables = dict[str, list[str]]
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "tables"  # ``methods.json`` of each comparison that docs/results.md shows
 SET = "<set>."  # before the keys of a set, whatever its role
 KINDS = {
     SET: SetSpec,
@@ -210,6 +212,12 @@ def method_tables() -> Tables:
     return {"methods": [*head, *rows]}
 
 
+def result_tables() -> Tables:
+    """Returns the tables of the comparisons that are kept, ``RECIPE, TABLE``: as ``benchmarks.methods`` wrote them."""
+    kept = {path.stem: json.loads(path.read_text("utf-8"))["tables"] for path in sorted(KEPT.glob("*.json"))}
+    return {f"{recipe}, {name}": lines for recipe, tables in kept.items() for name, lines in tables.items()}
+
+
 # ---- the commands
 
 
@@ -271,7 +279,7 @@ def updated(text: str, tables: Tables) -> str:
 def made(root: Path) -> dict[str, str]:
     """Returns the text of every file that is made here, by its name below the root of the project."""
     documents = {"docs/recipe.md": key_tables, "docs/resume.md": resume_tables, "docs/commands.md": command_lists}
-    documents["docs/methods.md"] = method_tables
+    documents |= {"docs/methods.md": method_tables, "docs/results.md": result_tables}
     texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
     schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
     return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n"}
