@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, what they say to type works, and the site of them is whole and of one piece."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -204,6 +205,15 @@ def test_the_readme_has_the_commands_of_a_search_and_of_the_tests_in_one_block_a
     commands = re.findall(r"(?m)^\$ (.*)$", re.findall(r"(?ms)^```console\n(.*?)^```", readme)[0])
     assert commands == ["make quickstart", "make test"]
     assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_the_accuracies_of_the_readme_are_those_of_the_comparison_that_is_kept():
+    kept = [json.loads(path.read_text())["tables"]["test"] for path in (ROOT / "benchmarks/tables").glob("*.json")]
+    table = re.search(r"(?ms)^\| results on test sets.*?\n\n", (ROOT / "README.md").read_text())[0]
+    rows = [re.findall(r"[\d.]+ \[[^]]+\]", line) for line in table.splitlines()[2:]]
+    assert rows
+    for row in rows:
+        assert any(row == re.findall(r"[\d.]+ \[[^]]+\]", line)[: len(row)] for lines in kept for line in lines), row
 
 
 def test_ci_runs_each_test_once_but_those_of_clusters():
