@@ -22,7 +22,7 @@ language = "en"
 highlight_language = "none"  # of blocks that name none
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md"]
+include_patterns = ["*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/**/*.md"]
 exclude_patterns = [".*", "build", "dist", "carft_ray", "tests", "studies", "runs", "exports", "**/__pycache__"]
 
 myst_heading_anchors = 4  # as in a viewer of the repository
@@ -55,7 +55,7 @@ CHAPTERS = {
     ),
     "Reference": (
         *("docs/recipe", "search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
-        *("docs/benchmarks", "docs/corruptions", "docs/decoding"),
+        *("docs/benchmarks", "docs/corruptions", "docs/decoding", "examples/pacs/README"),
     ),
     "Why": ("docs/method", "docs/results", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),
     "The project": ("CONTRIBUTING", "CODE_OF_CONDUCT", "CHANGELOG", "benchmarks/README"),

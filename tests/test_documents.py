@@ -29,7 +29,7 @@ from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.training import loop, thumbnails
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md")
+PLACES = ("*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/**/*.md")
 DOCUMENTS = tuple(path.relative_to(ROOT).as_posix() for place in PLACES for path in sorted(ROOT.glob(place)))
 
 
