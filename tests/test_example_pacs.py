@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from carft_ray.recipe.loading import load_recipe
+
 PLACE = Path(__file__).resolve().parents[1] / "examples" / "pacs"
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 # synset, file, words, hypernyms, definition
@@ -262,3 +264,20 @@ def test_the_notice_names_every_package(made, choose):
     notice = (PLACE / "NOTICE").read_text()
     packages = made.listed(made.PACKAGES) | made.listed(choose.PICTURES)
     assert not [name for _, name, version in packages if f"{name} {version}" not in notice]
+
+
+def test_the_recipes_train_on_one_domain_and_seal_two_others():
+    """Neither a model nor PACS is there, so only what they say is read."""
+    domains = {"photo", "art_painting", "cartoon", "sketch"}
+    for name in ("photo", "art_painting"):
+        recipe = load_recipe(PLACE / f"{name}.yaml")
+        assert recipe.data.train.domains == recipe.data.id_val.domains == recipe.data.id_test.domains == (name,)
+        parts = sorted(part.part for part in (recipe.data.train, recipe.data.id_val, recipe.data.id_test))
+        assert [start for start, _ in parts[1:]] == [end for _, end in parts[:-1]]
+        assert {*recipe.data.ood_val} == {"sketch"}
+        assert {*recipe.data.ood_test} == domains - {name, "sketch"}
+        paths = {
+            each.path for each in (recipe.data.train, *recipe.data.ood_val.values(), *recipe.data.ood_test.values())
+        }
+        assert paths == {str(PLACE.parents[1] / "data" / "pacs")}
+        assert recipe.model.name == f"local-dir:{PLACE.parents[1] / 'models' / 'small_clip'}"
