@@ -281,3 +281,13 @@ def test_the_recipes_train_on_one_domain_and_seal_two_others():
         }
         assert paths == {str(PLACE.parents[1] / "data" / "pacs")}
         assert recipe.model.name == f"local-dir:{PLACE.parents[1] / 'models' / 'small_clip'}"
+
+
+def test_the_folder_appears_whole_and_nothing_beside_it_is_touched(made, tmp_path):
+    (tmp_path / "models" / "clip.new").mkdir(parents=True)
+    (tmp_path / "models" / "clip.new" / "mine").write_text("kept")
+    made.write_folder(torch.nn.Linear(2, 3), tmp_path / "models" / "clip")
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["clip", "clip.new"]
+    assert (tmp_path / "models" / "clip.new" / "mine").read_text() == "kept"
+    written = {path.name for path in (tmp_path / "models" / "clip").iterdir()}
+    assert written == {"open_clip_config.json", "open_clip_model.safetensors"}

@@ -17,10 +17,10 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -552,16 +552,17 @@ def drawn_features(tower: nn.Module, chosen: Sequence[tuple[str, str, str]], see
 
 
 def write_folder(model: nn.Module, out: Path) -> None:
-    """Writes a folder of open_clip, under another name until it is whole."""
-    new = out.with_name(f"{out.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": MODEL, "preprocess_cfg": {"size": [SIZE, SIZE], "mode": "RGB", **preprocess}}
-    (new / "open_clip_config.json").write_text(json.dumps(config, indent=2))
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "attn_mask"}
-    save_file(state, new / "open_clip_model.safetensors")
-    os.replace(new, out)
+    """Writes a folder of open_clip, in a temporary one beside it until it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".make-clip-", dir=out.parent) as folder:
+        new = Path(folder) / out.name
+        new.mkdir()
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+        config = {"model_cfg": MODEL, "preprocess_cfg": {"size": [SIZE, SIZE], "mode": "RGB", **preprocess}}
+        (new / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "attn_mask"}
+        save_file(state, new / "open_clip_model.safetensors")
+        os.replace(new, out)
 
 
 def main(words: Sequence[str] | None = None) -> int:
