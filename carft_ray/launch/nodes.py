@@ -170,7 +170,7 @@ def await_nodes(
     group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)
     began = time.monotonic()
     try:
-        while not present_capacity(recipe, grows).concurrency:
+        while not capacity_of(recipe, nodes := nodes_now(), may_grow=True).concurrency:
             if study.stop.asked():
                 raise ClusterError(Problem("search", "was stopped on request"))
             if limit_s is not None and time.monotonic() - began >= limit_s:
@@ -179,4 +179,4 @@ def await_nodes(
             time.sleep(CHECK_EVERY_S)
     finally:
         ray.util.remove_placement_group(group)
-    return nodes_now()
+    return nodes  # asked again at once, Ray may say that what this group has held is not free yet
