@@ -21,11 +21,10 @@ from typing import Any
 
 import make_clip
 import numpy as np
-import numpy.typing as npt
 import open_clip
 import timm
 import torch
-from make_clip import Imitate, MakeError, Prepared
+from make_clip import Centre, MakeError, Prepared, imitation
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -85,24 +84,19 @@ def photographs(wheel: Path, crops: int = 48) -> list[Image.Image]:
     return found
 
 
-def with_photographs(tower: Any, photos_NF: Tensor, noise: float = 0.0) -> Imitate:
-    """Returns another imitation: the mean of features of real photographs, and a vector per class.
+def among_photographs(photos_NF: Tensor, noise: float = 0.0) -> Centre:
+    """Returns another centre of imitated photographs: the mean of features of real ones.
 
     Args:
-        tower: The image tower with its classifier.
         photos_NF: Features of photographs.
         noise: Weight of the deviation of one of them from the mean.
     """
-    mean_F, rows_KF = photos_NF.mean(0), tower.classifier.weight - tower.classifier.weight.mean(0)
-    directions_KF = functional.normalize(rows_KF, dim=1)
+    mean_F = photos_NF.mean(0)
 
-    def features(classes: npt.NDArray[np.int64], draw: np.random.Generator) -> Tensor:
-        base_NF = photos_NF[draw.integers(0, len(photos_NF), len(classes))]
-        lengths = 18 * torch.from_numpy(draw.uniform(0.6, 1.4, (len(classes), 1))).float()
-        features_NF: Tensor = mean_F + noise * (base_NF - mean_F) + lengths * directions_KF[classes]
-        return features_NF.clamp(min=0)
+    def centre(number: int, draw: np.random.Generator) -> Tensor:
+        return mean_F + noise * (photos_NF[draw.integers(0, len(photos_NF), number)] - mean_F)
 
-    return features
+    return centre
 
 
 def qt_files(content: bytes) -> dict[str, bytes]:
@@ -276,11 +270,12 @@ def main(words: Sequence[str]) -> int:
     prepared = make_clip.prepare(work, print)
     sets = held_out(work, prepared)
     tower, photos_NF = prepared.tower, sets["photographs"].features
+    near, around = (imitation(tower, among_photographs(photos_NF, noise)) for noise in (0.0, 0.3))
     variants: dict[str, dict[str, Any]] = {
         "no photograph": {},
-        "photographs": {"imitate": with_photographs(tower, photos_NF)},
-        "photographs, one style": {"imitate": with_photographs(tower, photos_NF), "split": False},
-        "photographs and noise, one style": {"imitate": with_photographs(tower, photos_NF, 0.3), "split": False},
+        "photographs": {"imitate": near},
+        "photographs, one style": {"imitate": near, "split": False},
+        "photographs and noise, one style": {"imitate": around, "split": False},
     }
     for name in words[1:] or ["padding", *variants]:
         if name == "padding":

@@ -26,6 +26,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ npm @iconify-json/twemoji 1.2.5 19046dff7d8707ce96212ec86468b36ac5f8e60409629dd1
 Package = tuple[str, str, str]
 Say = Callable[[str], None]
 Imitate = Callable[[npt.NDArray[np.int64], np.random.Generator], Tensor]  # classes of ImageNet -> features [N, F]
+Centre = Callable[[int, np.random.Generator], Tensor]  # number of pictures -> features [N, F]
 MODEL: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {
@@ -243,14 +245,14 @@ def build_tower(state: dict[str, Tensor]) -> Any:
     return tower.to(memory_format=torch.channels_last)  # half the time on a CPU
 
 
-def features_of(tower: nn.Module, images: Iterable[Image.Image]) -> Tensor:
+def features_of(tower: Any, images: Iterable[Image.Image]) -> Tensor:
     """Returns the tower's pooled features of square images of 112 pixels, [N, F]."""
     rows, images = [], list(images)
     for start in range(0, len(images), 64):
         pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images[start : start + 64]])
         input_BCHW = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
         with torch.no_grad():
-            rows.append(tower.forward_head(tower.forward_features(input_BCHW), pre_logits=True))  # type: ignore[operator]
+            rows.append(tower.forward_head(tower.forward_features(input_BCHW), pre_logits=True))
     return torch.cat(rows)
 
 
@@ -264,21 +266,22 @@ def relu6_mean(norm: Any) -> Any:
     return mean * inner + deviation * slope + 6 * (1 - normal.cdf(high))
 
 
-def imitation(tower: Any) -> Imitate:
-    """Returns a function that imitates features of photographs: their mean, plus a vector along the row of the class.
+def imitation(tower: Any, centre: Centre | None = None) -> Imitate:
+    """Returns a function that imitates features of photographs: a centre, plus a vector along the row of the class.
 
-    The mean is that of the last BatchNorm, so no photograph is needed. The length of the vector varies around 18; the
-    features of a drawing have a length of about 27.
+    The length of the vector varies around 18; the features of a drawing have a length of about 27.
 
     Args:
         tower: The image tower with its classifier.
+        centre: Gives the centre of each; None: the mean of the last BatchNorm, so that no photograph is needed.
     """
     mean_F, rows_KF = relu6_mean(tower.bn2), tower.classifier.weight
     directions_KF = functional.normalize(rows_KF - rows_KF.mean(0), dim=1)
 
     def features(classes: npt.NDArray[np.int64], draw: np.random.Generator) -> Tensor:
+        centre_NF = mean_F if centre is None else centre(len(classes), draw)
         lengths = 18 * torch.from_numpy(draw.uniform(0.6, 1.4, (len(classes), 1))).float()
-        features_NF: Tensor = (mean_F + lengths * directions_KF[classes]).clamp(min=0)
+        features_NF: Tensor = (centre_NF + lengths * directions_KF[classes]).clamp(min=0)
         return features_NF
 
     return features
@@ -431,7 +434,7 @@ def learn(
         text_BD = embed_texts(model, torch.stack([tokens[text] for text in texts]))
         loss = contrastive_loss(image_BD, text_BD, model.logit_scale.exp(), valid_BB)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch types none of it
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -505,7 +508,7 @@ def prepare(work: Path, say: Say) -> Prepared:
         say(f"drawings {number + 1} of {len(icons)}: {name}" + (f", {left:.1f} minutes left" if number else ""))
         chosen = drawings_of(json.loads(read_member(files[name], "package/icons.json")), nouns)
         path = features / f"{name.rpartition('/')[2]}.safetensors"
-        rows.append(kept(path, lambda chosen=chosen, number=number: drawn_features(tower, chosen, number)))  # type: ignore[misc]
+        rows.append(kept(path, partial(drawn_features, tower, chosen, number)))
         synsets += [synset for _, synset, _ in chosen]
     classes = [class_synset(row, nouns) for row in range(1000)]
     return Prepared(tower, classes, torch.cat(rows), synsets, nouns)
@@ -543,7 +546,7 @@ def class_synset(row: int, nouns: Nouns) -> str:
     return synset_of_class([word.strip().lower() for word in words.split(",")], gloss, nouns)
 
 
-def drawn_features(tower: nn.Module, chosen: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
+def drawn_features(tower: Any, chosen: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
     """Returns the features of drawings in all styles, half precision, [N, styles, F]."""
     drawings = [rendered(svg) for _, _, svg in chosen]
     draw = np.random.default_rng(seed)
