@@ -18,7 +18,7 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,28 +66,28 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
     changed = [word for setting in settings for word in ("--set", setting)]
-    studies = {name: str(out / name) for name in names}
+    studies = {name: out / name for name in names}
     first, *others = studies.values()
     commands = []
     for name, study in studies.items():
         more = [] if study == first else ["--set", "search.baselines={}"]  # those of the first study are enough
-        commands.append(("search", str(recipe_path), "--study", study, "--method", name, *changed, *more))
-    against = [word for study in others for word in ("--against", study)]
-    commands.append(("confirm", first, "--top", "1", "--seeds", str(num_seeds), *against))
-    commands.append(("test", first))
-    for words in () if (Path(first) / SUMMARY).exists() else commands:
+        commands.append(("search", str(recipe_path), "--study", str(study), "--method", name, *changed, *more))
+    against = [word for study in others for word in ("--against", str(study))]
+    commands.append(("confirm", str(first), "--top", "1", "--seeds", str(num_seeds), *against))
+    commands.append(("test", str(first)))
+    for words in () if (first / SUMMARY).exists() else commands:
         print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
         if done.returncode:
             return done.returncode
-    summary = files.read_json(Path(first), str(SUMMARY))
-    confirmed = files.read_json(Path(first), "confirm/summary.json")
-    fronts, levels, table = equal_id({name: Path(study) for name, study in studies.items()})
+    summary = files.read_json(first, str(SUMMARY))
+    confirmed = files.read_json(first, "confirm/summary.json")
+    fronts, levels, table = equal_id(studies)
     tables = {"test": markdown(summary, confirmed, names[0]), "equal ID": table}
     shown = [*tables["test"], "", *table, "", f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
-    about |= {"cpu": environment.cpu_model(), **_cost([Path(study) for study in studies.values()])}
+    about |= {"cpu": environment.cpu_model(), **_cost(studies.values())}
     numbers = {name: summary[name] for name in ("headline", "seeds")} | {"optimism": confirmed["optimism"]}
     numbers |= {"rows": [_numbers(row) for row in summary["rows"]], "fronts": fronts, "levels": levels}
     numbers |= {"differences": [_numbers(each) for each in summary["baselines"]], "tables": tables}
@@ -128,34 +128,38 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any], first: st
     differences = {each["other"]: each for each in summary["baselines"]}
     trainings = {row["name"]: row["chosen_from"] for row in confirmed["rows"]}
     titles = ["", "best of", "alpha", *COLUMNS.values(), f"{first} minus this", "p"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    table = []
     for row in summary["rows"]:
         cells = [_name(row, first), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
         cells += [_cell(row[name]) for name in COLUMNS]
         other = differences.get(row["name"])
         cells += [_cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+        table.append(cells)
+    return _table(titles, table)
 
 
 def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[float], list[str]]:
     """Returns the front of each search by method, the ID accuracies of ``LEVELS``, and the OOD accuracies there."""
     fronts: dict[str, list[Pair]] = {}
-    starts = []
     for name, study in studies.items():
         curves = [result_of(study, row)["curve"] for row in trials(study) if row.outcome == "complete"]
         points = [(point["id_accuracy"], point["ood_accuracy"]) for curve in curves for point in curve]
-        starts.append(curves[0][0]["id_accuracy"])  # at alpha 0
+        start = points[0][0]  # at alpha 0, the same in all studies
         fronts[name] = [points[index] for index in non_dominated(points)]
-    start, highest = starts[0], fronts.get(PLAIN, fronts[next(iter(fronts))])[-1][0]
+    highest = fronts.get(PLAIN, fronts[next(iter(fronts))])[-1][0]
     levels = [start + share * (highest - start) for share in LEVELS]
     titles = ["OOD on validation, highest with ID of at least", *(f"{100 * level:.1f} %" for level in levels)]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    table = []
     for name, front in fronts.items():
         at_least = ([ood for accuracy, ood in front if accuracy >= level - ROUNDING] for level in levels)
-        cells = [name, *(f"{100 * max(each):.1f}" if each else "-" for each in at_least)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return fronts, levels, lines
+        table.append([name, *(f"{100 * max(each):.1f}" if each else "-" for each in at_least)])
+    return fronts, levels, _table(titles, table)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in (titles, *rows))
+    return [head, "|---" * len(titles) + "|", *lines]
 
 
 def rows_of(summary: Mapping[str, Any], first: str) -> list[Row]:
@@ -175,7 +179,7 @@ def _name(row: Mapping[str, Any], first: str) -> str:
     return TRIAL.sub("", re.sub(f"^{TRIAL.pattern}", first, row["name"])).strip()
 
 
-def _cost(studies: Sequence[Path]) -> dict[str, Any]:
+def _cost(studies: Iterable[Path]) -> dict[str, Any]:
     """Returns how many trainings all studies have, those with fresh seeds included, and the hours of all of them."""
     rows = [(study, row) for study in studies for found in rows_by_kind(study).values() for row in found]
     seconds = [result_of(study, row)["elapsed_s"] for study, row in rows if row.outcome == "complete" and row.alpha]

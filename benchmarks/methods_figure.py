@@ -49,7 +49,7 @@ def forest(rows: Sequence[Row], title: str, words: str, synthetic: bool, *paths:
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
     panels[0].set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
-    figure.suptitle(f"{title}, synthetic images" if synthetic else title, fontsize=12)
+    set_title(panels[0], title, synthetic)
     figure.supxlabel(words, fontsize=9, color=GREY)
     write(figure, *paths)
 
