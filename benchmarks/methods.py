@@ -46,7 +46,14 @@ LEVELS = (0.7, 0.8, 0.9)  # of the way from the ID accuracy of zero-shot to the 
 COLUMNS = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
 
 
-def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[str], num_seeds: int = NUM_SEEDS) -> int:
+def run(
+    recipe_path: Path,
+    out: Path,
+    settings: Sequence[str],
+    names: Sequence[str],
+    num_seeds: int = NUM_SEEDS,
+    again: int | None = None,
+) -> int:
     """Runs what is missing, prints the table and draws the figure; returns the exit code of what failed, else 0.
 
     Args:
@@ -55,29 +62,33 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
         settings: Over the recipe, ``key=value``.
         names: Of the methods; the first one's winner is compared with those of the others.
         num_seeds: Fresh seeds of each winner.
+        again: Another seed of the sampler: the first method and plain fine-tuning are searched with it, too.
 
     Raises:
-        UsageError: The recipe has no test sets, or searches no key that all methods have.
+        UsageError: The recipe has no test sets, or searches no key that all methods have, or ``again`` is its own seed.
         RecipeError: It breaks rules.
     """
     recipe = load_recipe(recipe_path, settings)
     for name in names:
-        check(load_recipe(recipe_path, [f"method={name}", *settings]), recipe_path)
+        check(load_recipe(recipe_path, [f"method={name}", *settings]), recipe_path, again)
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
     changed = [word for setting in settings for word in ("--set", setting)]
-    studies = {name: out / name for name in names}
+    searched = {name: ["--method", name] for name in names}
+    for name in () if again is None else {names[0]: None, PLAIN: None}:
+        searched[f"{name}_seed_{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
+    studies = {name: out / name for name in searched}
     first, *others = studies.values()
     commands = []
-    for name, study in studies.items():
-        more = [] if study == first else ["--set", "search.baselines={}"]  # those of the first study are enough
-        commands.append(("search", str(recipe_path), "--study", str(study), "--method", name, *changed, *more))
+    for name, words in searched.items():
+        more = [] if studies[name] == first else ["--set", "search.baselines={}"]  # those of the first study are enough
+        commands.append(("search", str(recipe_path), "--study", str(studies[name]), *words, *changed, *more))
     against = [word for study in others for word in ("--against", str(study))]
     commands.append(("confirm", str(first), "--top", "1", "--seeds", str(num_seeds), *against))
     commands.append(("test", str(first)))
-    for words in () if (first / SUMMARY).exists() else commands:
-        print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
+    for command in () if (first / SUMMARY).exists() else commands:
+        print(f"$ carft-ray {' '.join(command)}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *command], check=False, stdout=sys.stderr)
         if done.returncode:
             return done.returncode
     summary = files.read_json(first, str(SUMMARY))
@@ -96,14 +107,14 @@ def run(recipe_path: Path, out: Path, settings: Sequence[str], names: Sequence[s
     below = f"test sets; 95 % intervals over seeds and images, {len(summary['seeds'])} fresh seeds"
     synthetic = recipe.data.train.source == "sandbox"
     forest(rows_of(summary, names[0]), recipe.name, below, synthetic, out / "methods.png", out / "methods.svg")
-    coloured_first = sorted(names, key=lambda name: (name != names[0], name != PLAIN))
+    coloured_first = sorted(studies, key=lambda name: (name != names[0], name != PLAIN))
     shown_fronts = {name: fronts[name] for name in coloured_first}
     fronts_figure(shown_fronts, recipe.name, synthetic, out / "fronts.png", out / "fronts.svg")
     return 0
 
 
-def check(recipe: Recipe, path: Path) -> None:
-    """Checks that a recipe has test sets, and something to search besides the keys of methods.
+def check(recipe: Recipe, path: Path, again: int | None = None) -> None:
+    """Checks that a recipe has test sets, something to search besides the keys of methods, and another seed.
 
     Raises:
         UsageError: It has not.
@@ -113,6 +124,8 @@ def check(recipe: Recipe, path: Path) -> None:
         problems.append(Problem(f"{path}: search.space", "must have a parameter besides those of methods", "none"))
     if recipe.data.id_test is None:
         problems.append(Problem(f"{path}: data.id_test", "must be a set: this benchmark reads test sets", "none"))
+    if recipe.search.sampler.seed == again:
+        problems.append(Problem("--again", "must be another seed than the recipe's search.sampler.seed", str(again)))
     if problems:
         raise UsageError(problems)
 
@@ -208,10 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"where studies and numbers are kept ({OUT}/NAME OF THE RECIPE)")
     parser.add_argument("--methods", default=",".join(["car_ft", *(name for name in methods() if name != "car_ft")]))
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="fresh seeds of each winner (%(default)s)")
+    words = "search the first method and plain fine-tuning once more, with this seed of the sampler"
+    parser.add_argument("--again", type=int, metavar="SEED", help=words)
     given = parser.parse_args(argv)
     try:
         out = (given.out or OUT / given.recipe.stem).resolve()
-        return run(given.recipe.resolve(), out, given.set, given.methods.split(","), given.seeds)
+        return run(given.recipe.resolve(), out, given.set, given.methods.split(","), given.seeds, given.again)
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

@@ -123,9 +123,11 @@ def test_each_command_says_what_it_is_and_stands_in_the_readme(capsys):
 def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_path, capsys):
     changed = ["search.space.learning_rate=null", "data.id_test=null"]
     words = [word for setting in changed for word in ("--set", setting)]
+    words += ["--again", "0"]
     assert compared.main([str(effect.RECIPE), "--methods", "fine_tuning", "--out", str(tmp_path / "out"), *words]) == 2
     told = capsys.readouterr().err
     assert "besides those of methods" in told
+    assert "--again" in told
     assert "data.id_test" in told
     assert not (tmp_path / "out").exists()
 
