@@ -36,19 +36,19 @@ import torch
 
 from benchmarks import acceptance, pretrain
 from benchmarks.effect_figure import Estimate, effect_figure
+from benchmarks.methods import cell, table
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all, space_of
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import DEFAULT_GRID
 from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
     headline,
-    in_points,
     objective_difference,
     paired_differences,
 )
@@ -69,6 +69,7 @@ MAY_DIVERGE = ("random", "rates", "repeats")  # as trials of a search may
 
 Group = dict[str, list[Finished]]
 Correct = dict[str, BoolArray]  # per set [r, n]
+Accuracies = dict[str, dict[str, Interval]]  # by method and column
 
 
 def first_plan(recipe: Recipe) -> dict[str, list[Planned]]:
@@ -207,7 +208,7 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
 
 def row_of(training: Finished) -> dict[str, Any]:
     """Returns a training as plain data."""
-    kept = ("objective", "alpha", "metrics", "fine_tuned", "curve", "elapsed_s")
+    kept = ("objective", "alpha", "metrics", "elapsed_s")
     return {
         "name": training.planned.name,
         "values": dict(training.planned.values),
@@ -215,19 +216,26 @@ def row_of(training: Finished) -> dict[str, Any]:
     }
 
 
+def tables_of(accuracies: Accuracies, intervals: Mapping[str, Interval]) -> dict[str, list[str]]:
+    """Returns accuracies and differences on the test sets as Markdown, in percent with 95 % intervals."""
+    columns = list(next(iter(accuracies.values())))
+    rows = [[name, *(cell(asdict(cells[column])) for column in columns)] for name, cells in accuracies.items()]
+    differences = [[name, cell(asdict(interval), signed=True)] for name, interval in intervals.items()]
+    return {
+        "accuracies": table(["test sets, synthetic images", *columns], rows),
+        "differences": table(["difference on the test sets", "points"], differences),
+    }
+
+
 def show(
-    methods: Mapping[str, Correct], numbers: Mapping[str, float], intervals: Mapping[str, Interval], group: Group
+    tables: Mapping[str, Sequence[str]],
+    numbers: Mapping[str, float],
+    intervals: Mapping[str, Interval],
+    group: Group,
 ) -> None:
     """Prints accuracies, differences, what the random points found, and the tuned comparison."""
-    accuracies = {name: acceptance.accuracy_intervals(correct) for name, correct in methods.items()}
-    columns = list(next(iter(accuracies.values())))
-    print("\nAccuracy on the test sets, % (synthetic images)")
-    print(" " * 26 + "".join(f"{column:>14}" for column in columns))
-    for name, cells in accuracies.items():
-        print(f"{name:26}" + "".join(f"{100 * cells[column].mean:14.1f}" for column in columns))
-    print("\nDifferences, points")
-    for name, interval in intervals.items():
-        print(f"  {name}: {in_points(interval.mean, interval.ends, signed=True)}")
+    for lines in tables.values():
+        print("\n" + "\n".join(lines))
     print(
         f"\nRandom points: best objective {100 * numbers['best_objective']:.1f} % at learning rate "
         f"{numbers['best_learning_rate']:.3g}, KL weight {numbers['best_kl_weight']:.3g}; sd over points "
@@ -285,7 +293,9 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
         "CAR-FT": test_correct(group["CAR-FT"], test_sets),
     }
     tuned = {f"tuned {name}": test_correct(group[f"tuned {name}"], test_sets) for name in ("plain", "CAR-FT")}
-    show({**methods, **tuned}, numbers, intervals, group)
+    accuracies = {name: acceptance.accuracy_intervals(correct) for name, correct in {**methods, **tuned}.items()}
+    tables = tables_of(accuracies, intervals)
+    show(tables, numbers, intervals, group)
     print("\n" + "\n".join(lines))
     seconds = time.monotonic() - began
     trained_s = sum(training.result["elapsed_s"] for part in group.values() for training in part)
@@ -293,6 +303,9 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
     print(f"\n{num_trainings} trainings of {trained_s / num_trainings:.1f} s; this call {seconds:.0f} s; {hardware()}")
     content = {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": environment.code()["commit"],
+        "recipe": recipe_hash(recipe),
+        "cpu": environment.cpu_model(),
         "hardware": hardware(),
         "elapsed_s": round(seconds, 1),
         "trained_s": round(trained_s, 1),
@@ -300,10 +313,8 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
         "thresholds": [asdict(threshold) for threshold in acceptance.THRESHOLDS],
         "numbers": numbers,
         "intervals": {name: asdict(interval) for name, interval in intervals.items()},
-        "accuracies": {
-            name: {column: asdict(i) for column, i in acceptance.accuracy_intervals(correct).items()}
-            for name, correct in {**methods, **tuned}.items()
-        },
+        "tables": tables,
+        "accuracies": {name: {column: asdict(i) for column, i in cells.items()} for name, cells in accuracies.items()},
         "trainings": {name: [row_of(training) for training in part] for name, part in group.items()},
     }
     files.write_json(out / "effect.json", _finite(content))

@@ -93,9 +93,9 @@ def run(
             return done.returncode
     summary = files.read_json(first, str(SUMMARY))
     confirmed = files.read_json(first, "confirm/summary.json")
-    fronts, levels, table = equal_id(studies)
-    tables = {"test": markdown(summary, confirmed, names[0]), "equal ID": table}
-    shown = [*tables["test"], "", *table, "", f"{names[0]}, {summary['headline']}"]
+    fronts, levels, equal = equal_id(studies)
+    tables = {"test": markdown(summary, confirmed, names[0]), "equal ID": equal}
+    shown = [*tables["test"], "", *equal, "", f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
     about |= {"cpu": environment.cpu_model(), **_cost(studies.values())}
@@ -141,14 +141,14 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any], first: st
     differences = {each["other"]: each for each in summary["baselines"]}
     trainings = {row["name"]: row["chosen_from"] for row in confirmed["rows"]}
     titles = ["", "best of", "alpha", *COLUMNS.values(), f"{first} minus this", "p"]
-    table = []
+    rows = []
     for row in summary["rows"]:
         cells = [_name(row, first), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
-        cells += [_cell(row[name]) for name in COLUMNS]
+        cells += [cell(row[name]) for name in COLUMNS]
         other = differences.get(row["name"])
-        cells += [_cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
-        table.append(cells)
-    return _table(titles, table)
+        cells += [cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
+        rows.append(cells)
+    return table(titles, rows)
 
 
 def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[float], list[str]]:
@@ -162,14 +162,14 @@ def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[f
     highest = fronts.get(PLAIN, fronts[next(iter(fronts))])[-1][0]
     levels = [start + share * (highest - start) for share in LEVELS]
     titles = ["OOD on validation, highest with ID of at least", *(f"{100 * level:.1f} %" for level in levels)]
-    table = []
+    rows = []
     for name, front in fronts.items():
         at_least = ([ood for accuracy, ood in front if accuracy >= level - ROUNDING] for level in levels)
-        table.append([name, *(f"{100 * max(each):.1f}" if each else "-" for each in at_least)])
-    return fronts, levels, _table(titles, table)
+        rows.append([name, *(f"{100 * max(each):.1f}" if each else "-" for each in at_least)])
+    return fronts, levels, table(titles, rows)
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Returns the lines of a table in Markdown."""
     head, *lines = (f"| {' | '.join(map(str, row))} |" for row in (titles, *rows))
     return [head, "|---" * len(titles) + "|", *lines]
@@ -205,7 +205,8 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("name", "other", "role", "alpha", "p") if name in row} | values
 
 
-def _cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:
+def cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """Returns a ``mean`` with its ``ends``, fractions, in percent; empty for None."""
     if found is None:
         return ""
     mean, low, high = (100 * value for value in (found["mean"], *found["ends"]))
