@@ -40,9 +40,10 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, trials
 from carft_ray.training import checkpoint, loop
 from carft_ray.training.loop import StoppedRun, fine_tune
-from carft_ray.training.own_training import OwnInputs, own_fine_tune
+from carft_ray.training.own_training import own_fine_tune
 from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
 from carft_ray.training.run_context import RunContext
+from carft_ray.training.shared_inputs import SharedInputs
 
 
 def raised_from(error, cause):
@@ -274,8 +275,8 @@ def test_two_workers_end_with_the_weights_and_targets_of_one(clip64, heads64, tm
 
 def own(context, folder, function, epochs, on_epoch=lambda state, epoch: {}):
     clip, (class_head_CD, _) = clip_and_heads(torch.float32)
-    inputs = OwnInputs(clip, class_head_CD, CLASS_WORDS, ArraySource(), ())
-    return own_fine_tune(function, TrainConfig(epochs=epochs), inputs, context, CPU, folder, on_epoch)
+    inputs = SharedInputs(clip, CLASS_WORDS, (), ArraySource(), (), {}, "key")
+    return own_fine_tune(function, TrainConfig(epochs=epochs), inputs, class_head_CD, context, CPU, folder, on_epoch)
 
 
 def meet_on_one_rank(context, folder):

@@ -10,7 +10,6 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from carft_ray import files
 from carft_ray.data.source import ImageSet, IntArray, Source
 from carft_ray.errors import DivergedError, OutOfMemoryError, Problem, RecipeError, nearest
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
-from carft_ray.model.clip import Clip
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training.loop import StoppedRun, same_attention
 from carft_ray.training.out_of_memory import is_out_of_memory
 from carft_ray.training.own_function import KEY
 from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
 from carft_ray.training.run_context import RunContext
+from carft_ray.training.shared_inputs import SharedInputs
 
 WRAPPERS = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and torch.compile, in each order
 MOST_SHOWN = 5  # problems of a state
@@ -93,25 +92,6 @@ class Images(Dataset[tuple[Any, int]]):
         return Images(self._images, transform)
 
 
-@dataclass(frozen=True)
-class OwnInputs:
-    """What a fine-tuning of the user's own is made from. No test set is among it.
-
-    Attributes:
-        clip: The model to start from.
-        class_head_CD: Unit rows [C, D].
-        class_names: Words for the classes, in label order.
-        train: The training set.
-        validation: ``id_val`` first, then the OOD validation sets.
-    """
-
-    clip: Clip
-    class_head_CD: Tensor
-    class_names: tuple[str, ...]
-    train: Source
-    validation: tuple[ImageSet, ...]
-
-
 class TrainingContext:
     """The second argument of ``fn(values, context)``. It gives no access to test sets.
 
@@ -135,7 +115,8 @@ class TrainingContext:
     def __init__(
         self,
         train: TrainConfig,
-        inputs: OwnInputs,
+        inputs: SharedInputs,
+        class_head_CD: Tensor,
         run: RunContext,
         device: torch.device,
         checkpoint_dir: Path,
@@ -145,7 +126,7 @@ class TrainingContext:
         crop = transforms.RandomResizedCrop(clip.image_size, (train.crop_scale, 1.0), interpolation=bicubic)
         self.rank, self.world_size = run.rank, run.world_size
         self.device, self.checkpoint_dir = device, checkpoint_dir
-        self._made = functools.partial(build_classifier, clip, inputs.class_head_CD, train, device, OwnClassifier)
+        self._made = functools.partial(build_classifier, clip, class_head_CD, train, device, OwnClassifier)
         self.model: OwnClassifier = self._made().train()  # type: ignore[assignment]  # of that class
         self.class_names, self.image_size = inputs.class_names, clip.image_size
         self.normalise = transforms.Normalize(clip.mean, clip.std)
@@ -216,7 +197,8 @@ class TrainingContext:
 def own_fine_tune(
     function: Callable[[dict[str, Any], TrainingContext], Any],
     train: TrainConfig,
-    inputs: OwnInputs,
+    inputs: SharedInputs,
+    class_head_CD: Tensor,
     context: RunContext,
     device: torch.device,
     checkpoint_dir: Path,
@@ -229,7 +211,8 @@ def own_fine_tune(
     Args:
         function: Given all of ``train`` as a dictionary, and the context.
         train: The values of the training.
-        inputs: Model and sets.
+        inputs: Model and sets; no test set is among them.
+        class_head_CD: Unit rows [C, D].
         context: Rank, reports and stop flag.
         device: Where to compute.
         checkpoint_dir: The function's folder; it is made.
@@ -243,7 +226,7 @@ def own_fine_tune(
         Exception: What it raises.
     """
     on_all_ranks(context, lambda: _made(checkpoint_dir))
-    own = TrainingContext(train, inputs, context, device, checkpoint_dir, on_epoch)
+    own = TrainingContext(train, inputs, class_head_CD, context, device, checkpoint_dir, on_epoch)
     seed = train.seed + context.rank
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -49,7 +49,7 @@ from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import shared_origin, training_environment
 from carft_ray.training.out_of_memory import explained_shortage, free_device, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
-from carft_ray.training.own_training import OwnInputs, own_fine_tune
+from carft_ray.training.own_training import own_fine_tune
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker, target_store
@@ -264,11 +264,10 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     device = device_of(recipe)
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
     if training.function is not None:
-        own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
         kept = training.place / layout.OWN
         is_first = context.rank == 0 or context.keeps_files
         on_all_ranks(context, lambda: _take_over(training.out_dir, kept) if is_first else None)
-        return own_fine_tune(training.function, train, own, context, device, kept, on_epoch)
+        return own_fine_tune(training.function, train, inputs, heads["class_head"], context, device, kept, on_epoch)
     micro_batch = micro_batch_of(recipe.train, context.world_size)
     with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
         return fine_tune(
