@@ -65,6 +65,7 @@ REPEAT_SEEDS = (1, 2, 3)
 CONFIRM_SEEDS = (11, 12, 13, 14, 15)
 NUM_PLAIN, NUM_RANDOM, NUM_REPEATED = 5, 30, 4
 SPACE_SEED = 2  # of the random points
+COLUMNS = ("ID", "OOD mean")  # of the table of accuracies
 MAY_DIVERGE = ("random", "rates", "repeats")  # as trials of a search may
 
 Group = dict[str, list[Finished]]
@@ -218,11 +219,10 @@ def row_of(training: Finished) -> dict[str, Any]:
 
 def tables_of(accuracies: Accuracies, intervals: Mapping[str, Interval]) -> dict[str, list[str]]:
     """Returns accuracies and differences on the test sets as Markdown, in percent with 95 % intervals."""
-    columns = list(next(iter(accuracies.values())))
-    rows = [[name, *(cell(asdict(cells[column])) for column in columns)] for name, cells in accuracies.items()]
+    rows = [[name, *(cell(asdict(cells[column])) for column in COLUMNS)] for name, cells in accuracies.items()]
     differences = [[name, cell(asdict(interval), signed=True)] for name, interval in intervals.items()]
     return {
-        "accuracies": table(["test sets, synthetic images", *columns], rows),
+        "accuracies": table(["test sets, synthetic images", *COLUMNS], rows),
         "differences": table(["difference on the test sets", "points"], differences),
     }
 
