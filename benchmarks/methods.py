@@ -194,8 +194,8 @@ def _name(row: Mapping[str, Any], first: str) -> str:
 
 def _cost(studies: Iterable[Path]) -> dict[str, Any]:
     """Returns how many trainings all studies have, those with fresh seeds included, and the hours of all of them."""
-    rows = [(study, row) for study in studies for found in rows_by_kind(study).values() for row in found]
-    seconds = [result_of(study, row)["elapsed_s"] for study, row in rows if row.outcome == "complete" and row.alpha]
+    rows = [row for study in studies for found in rows_by_kind(study).values() for row in found]
+    seconds = [row.elapsed_s or 0.0 for row in rows if row.outcome == "complete" and row.alpha]
     return {"num_trainings": len(seconds), "hours_of_trainings": round(sum(seconds) / 3600, 2)}
 
 

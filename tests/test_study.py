@@ -58,6 +58,17 @@ def test_baselines_come_first_and_what_was_told_is_in_the_rows_and_in_optuna(stu
     assert not any("alpha" in trial.params for trial in search.trials)
 
 
+def test_the_time_of_a_training_includes_its_earlier_attempts(study_dir):
+    with searching(study_dir, make_recipe(1, baselines={})) as study:
+        first = study.next()
+        advance(study_dir, first, 10)
+        assert study.settle(first, failed(first, "error"), study.spent(first, 60.0, 0.0)) is None
+        again = study.next()
+        write_result(study_dir, again, 0.5)  # of 2 s
+        assert study.settle(again, spent=study.spent(again, 3.0, 0.0)).elapsed_s == 62.0
+    assert [row.elapsed_s for row in trials(study_dir)] == [62.0]
+
+
 def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_comes_back(study_dir):
     with searching(study_dir, make_recipe(3, baselines={})) as study:
         first, second = study.next(), study.next()

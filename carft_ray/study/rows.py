@@ -152,7 +152,9 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get(attr.OBJECTIVE)
     spent, attempt = attributes.get(attr.SPENT, {}), attributes.get(attr.ATTEMPT, 0)
     elapsed_s = attributes.get(attr.ELAPSED_S)
-    if elapsed_s is None and trial.duration is not None:
+    if elapsed_s is not None:
+        elapsed_s += sum(seconds for number, (seconds, _) in spent.items() if number != str(attempt))
+    elif trial.duration is not None:
         elapsed_s = max(trial.duration.total_seconds(), 0.0)
     return TrialRow(
         kind=kind,

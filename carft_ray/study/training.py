@@ -68,6 +68,7 @@ class TrialRow(TrialSpec):
     """A training as tables show it, with its last attempt. Accuracies and objective are fractions.
 
     Attributes:
+        elapsed_s: Seconds of training and evaluation; those of earlier attempts are included.
         at_chance: The fine-tuned weights, alpha 1, are not shown to be above chance; of zero-shot: it is not.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
