@@ -28,6 +28,7 @@ from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.methods import methods
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirmation import read_plan
 from carft_ray.results.figure import INK
 from carft_ray.study.front import non_dominated
 from carft_ray.study.rows import rows_by_kind, trials
@@ -74,13 +75,13 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
     changed = [word for setting in settings for word in ("--set", setting)]
-    searched = {name: ["--method", name] for name in names}
+    searches = {name: ["--method", name] for name in names}
     for name in () if again is None else {names[0]: None, PLAIN: None}:
-        searched[f"{name}_seed_{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
-    studies = {name: out / name for name in searched}
+        searches[f"{name}_seed_{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
+    studies = {name: out / name for name in searches}
     first, *others = studies.values()
     commands = []
-    for name, words in searched.items():
+    for name, words in searches.items():
         more = [] if studies[name] == first else ["--set", "search.baselines={}"]  # those of the first study are enough
         commands.append(("search", str(recipe_path), "--study", str(studies[name]), *words, *changed, *more))
     against = [word for study in others for word in ("--against", str(study))]
@@ -94,11 +95,13 @@ def run(
     summary = files.read_json(first, str(SUMMARY))
     confirmed = files.read_json(first, "confirm/summary.json")
     fronts, levels, equal = equal_id(studies)
-    tables = {"test": markdown(summary, confirmed, names[0]), "equal ID": equal}
-    shown = [*tables["test"], "", *equal, "", f"{names[0]}, {summary['headline']}"]
+    searched = {row.name: row.objective for row in stages[0].rows} if (stages := read_plan(first)) else {}
+    tables = {"test": markdown(summary, confirmed, names[0]), "luck": luck(searched, confirmed, names[0])}
+    tables["equal ID"] = equal
+    shown = [*(line for lines in tables.values() for line in (*lines, "")), f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
-    about = {"commit": environment.code()["commit"], "recipe": recipe_hash(recipe), "settings": list(settings)}
-    about |= {"cpu": environment.cpu_model(), **_cost(studies.values())}
+    about = {"recipe": recipe_hash(recipe), "settings": list(settings), "cpu": environment.cpu_model()}
+    about |= _cost(studies.values())
     numbers = {name: summary[name] for name in ("headline", "seeds")} | {"optimism": confirmed["optimism"]}
     numbers |= {"rows": [_numbers(row) for row in summary["rows"]], "fronts": fronts, "levels": levels}
     numbers |= {"differences": [_numbers(each) for each in summary["baselines"]], "tables": tables}
@@ -151,6 +154,22 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any], first: st
     return table(titles, rows)
 
 
+def luck(searched: Mapping[str, float], confirmed: Mapping[str, Any], first: str) -> list[str]:
+    """Returns as a Markdown table what the search measured of each configuration, and what fresh seeds have.
+
+    Args:
+        searched: By row the objective in its search, of one training.
+        confirmed: As ``markdown``.
+        first: As ``markdown``.
+    """
+    rows = []
+    for row in confirmed["rows"]:
+        if row["role"] != "ablation" and row["alpha"]:
+            cells = [f"{100 * searched[row['name']]:.1f}", cell(row["objective"])]
+            rows.append([_name(row, first), row["chosen_from"], *cells])
+    return table(["objective on validation", "best of", "in the search, one seed", "on fresh seeds"], rows)
+
+
 def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[float], list[str]]:
     """Returns the front of each search by method, the ID accuracies of ``LEVELS``, and the OOD accuracies there."""
     fronts: dict[str, list[Pair]] = {}
@@ -193,10 +212,12 @@ def _name(row: Mapping[str, Any], first: str) -> str:
 
 
 def _cost(studies: Iterable[Path]) -> dict[str, Any]:
-    """Returns how many trainings all studies have, those with fresh seeds included, and the hours of all of them."""
-    rows = [row for study in studies for found in rows_by_kind(study).values() for row in found]
-    seconds = [row.elapsed_s or 0.0 for row in rows if row.outcome == "complete" and row.alpha]
-    return {"num_trainings": len(seconds), "hours_of_trainings": round(sum(seconds) / 3600, 2)}
+    """Returns the commits of all trainings, those with fresh seeds included, how many there are, and their hours."""
+    rows = [(study, row) for study in studies for found in rows_by_kind(study).values() for row in found]
+    rows = [(study, row) for study, row in rows if row.outcome == "complete" and row.alpha]
+    commits = sorted({result_of(study, row)["environment"]["commit"] for study, row in rows})
+    hours = sum(row.elapsed_s or 0.0 for _, row in rows) / 3600
+    return {"commits": commits, "num_trainings": len(rows), "hours_of_trainings": round(hours, 2)}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
