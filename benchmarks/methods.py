@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods_figure import MARKED, Row, forest, fronts_figure
+from benchmarks.methods_figure import AGAIN, MARKED, Row, forest, fronts_figure
 from carft_ray import environment, files
 from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.recipe.loading import load_recipe, recipe_hash
@@ -77,7 +77,7 @@ def run(
     changed = [word for setting in settings for word in ("--set", setting)]
     searches = {name: ["--method", name] for name in names}
     for name in () if again is None else {names[0]: None, PLAIN: None}:
-        searches[f"{name}_seed_{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
+        searches[f"{name}{AGAIN}{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
     studies = {name: out / name for name in searches}
     first, *others = studies.values()
     commands = []

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from carft_ray.results.figure import FAINT, GREY, INK, canvas, set_title, write
 
 MARKED = ("#d55e00", "#0072b2")  # of the first method and of plain fine-tuning
-LINES = ("-", "--", "-.", ":")
+LINES = ("-", "--", "-.", (0, (1, 1.5)))
+AGAIN = "_seed_"  # between a method and the seed of the sampler with which it was searched once more
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def forest(rows: Sequence[Row], title: str, words: str, synthetic: bool, *paths:
 def fronts_figure(
     fronts: Mapping[str, Sequence[tuple[float, float]]], title: str, synthetic: bool, *paths: Path
 ) -> None:
-    """Draws the front of each search, OOD over ID accuracy in percent; the first two in colour.
+    """Draws the front of each search, OOD over ID accuracy in percent; the first two methods in colour.
 
     Args:
-        fronts: By method the pairs that no other of its pairs is better than in both, by rising ID accuracy.
+        fronts: By method the pairs that no other of its pairs is better than in both, by rising ID accuracy. A
+            method that was searched once more (``AGAIN``) has the colour of the first search.
         title: What is compared.
         synthetic: Whether the images are; the title then says so.
         paths: Where PNG and SVG go.
@@ -69,19 +71,20 @@ def fronts_figure(
         StorageError: A file cannot be written.
     """
     figure, axes = canvas(5.5)
+    marked = dict(zip(fronts, MARKED, strict=False))
     for index, (name, pairs) in enumerate(fronts.items()):
-        marked = index < len(MARKED)
+        colour = marked.get(name.partition(AGAIN)[0])
         axes.step(
             [100 * pair[0] for pair in pairs],
             [100 * pair[1] for pair in pairs],
             where="pre",
-            color=MARKED[index] if marked else str(0.3 + 0.06 * (index % 6)),
-            linewidth=2.2 if marked else 1.2,
-            linestyle="-" if marked else LINES[index % len(LINES)],
-            marker="o" if marked else ".",
+            color=colour or str(0.3 + 0.06 * (index % 6)),
+            linewidth=2.2 if colour else 1.2,
+            linestyle="-" if name in marked else ":" if colour else LINES[index % len(LINES)],
+            marker="o" if colour else ".",
             markersize=4,
             label=name,
-            zorder=3 if marked else 2,
+            zorder=3 if colour else 2,
         )
     axes.set_xlabel("ID accuracy, %")
     axes.set_ylabel("OOD accuracy, mean, %")
