@@ -84,7 +84,7 @@ def test_the_version_stands_in_one_place(monkeypatch):
     metadata = ProjectMetadata(str(ROOT), PluginManager())
     assert metadata.version == carft_ray.__version__ == importlib.metadata.version("carft-ray")
     assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    written = [path for path in (*ROOT.glob("*.*"), *ROOT.glob("docs/*.py")) if path.is_file()]
+    written = [path for path in (*ROOT.glob("[!.]*.*"), *ROOT.glob("docs/*.py")) if path.is_file()]
     assert not [path for path in written if re.search(r'(?<!cff-)version\W+"?\d+\.\d+\.\d+', path.read_text())]
 
 
