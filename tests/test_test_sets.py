@@ -279,7 +279,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
 
 
 @pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])
-def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, again, read, gone):
+def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, again, read, gone, monkeypatch):
     """Whatever the study has become since: here a confirm was begun, which would be compared now."""
     for name in gone.split():
         (again / "test" / "read-1" / name).unlink()
@@ -288,9 +288,11 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     kept = {path: path.stat().st_mtime_ns for path in again.glob("test/**/*.parquet")}
     (again / "confirm").mkdir()
     (again / "confirm" / "plan.json").write_text("{}")
+    monkeypatch.setattr("carft_ray.words.FIRST_AFTER_S", 0.0)
     code, _, err = run("test", "study")
     assert code == 0, err
     assert "continuing the read of" in err
+    assert bool(re.search(r"evaluations: \d+ of \d+, about \d+ s left", err)) == (not gone)
     assert ("read before" in err) == bool(gone)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not predicted again
     for path in ("summary.json", "read-1/summary.json"):

@@ -51,7 +51,7 @@ from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import load_shared_inputs
 from carft_ray.untrusted import visible
-from carft_ray.words import counted, times
+from carft_ray.words import counted, time_left, times
 
 
 def read_sealed(
@@ -268,6 +268,9 @@ def _evaluate(
             return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
 
     tables: dict[str, pa.Table] = {}
+    done, total = 0, sum(len(alphas) for name, alphas in runs.items() if not paths[name].exists())
+    on_progress = time_left(say, "evaluations")
+    on_progress(done, total)
     for number, (name, alphas) in enumerate(runs.items(), start=1):
         path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
         say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
@@ -275,5 +278,7 @@ def _evaluate(
             table = predicted(trained.get(name), alphas)
             log.check()
             write_predictions(path, table)
+            done += len(alphas)
+            on_progress(done, total)
         tables[name] = read_predictions(path)
     return tables
