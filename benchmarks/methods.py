@@ -76,7 +76,7 @@ def run(
     files.write_text(out / ".gitignore", "*\n")
     changed = [word for setting in settings for word in ("--set", setting)]
     searches = {name: ["--method", name] for name in names}
-    for name in () if again is None else {names[0]: None, PLAIN: None}:
+    for name in () if again is None else dict.fromkeys((names[0], PLAIN)):
         searches[f"{name}{AGAIN}{again}"] = ["--method", name, "--set", f"search.sampler.seed={again}"]
     studies = {name: out / name for name in searches}
     first, *others = studies.values()
@@ -95,9 +95,14 @@ def run(
     summary = files.read_json(first, str(SUMMARY))
     confirmed = files.read_json(first, "confirm/summary.json")
     fronts, levels, equal = equal_id(studies)
-    searched = {row.name: row.objective for row in stages[0].rows} if (stages := read_plan(first)) else {}
-    tables = {"test": markdown(summary, confirmed, names[0]), "luck": luck(searched, confirmed, names[0])}
-    tables["equal ID"] = equal
+    stages = read_plan(first)
+    assert stages is not None, "the confirm has ended"
+    searched = {row.name: row.objective for row in stages[0].rows}
+    tables = {
+        "test": markdown(summary, confirmed, names[0]),
+        "luck": luck(searched, confirmed, names[0]),
+        "equal ID": equal,
+    }
     shown = [*(line for lines in tables.values() for line in (*lines, "")), f"{names[0]}, {summary['headline']}"]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"recipe": recipe_hash(recipe), "settings": list(settings), "cpu": environment.cpu_model()}

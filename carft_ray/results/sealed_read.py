@@ -253,8 +253,9 @@ def _evaluate(
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
     clip, batch_size = inputs.clip, recipe.evaluate.batch_size
     paths = {name: folder / f"{name}.parquet" for name in runs}
+    missing = {name: len(alphas) for name, alphas in runs.items() if not paths[name].exists()}
     sets: list[ImageSet] = []
-    if not all(path.exists() for path in paths.values()):
+    if missing:
         keeping = Keeping(cache_dir(recipe), recipe.data.cache_gb)
         sets += [image_set(each, clip.to_input, clip.input_key, keeping) for each in sources]
 
@@ -268,17 +269,16 @@ def _evaluate(
             return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
 
     tables: dict[str, pa.Table] = {}
-    done, total = 0, sum(len(alphas) for name, alphas in runs.items() if not paths[name].exists())
-    on_progress = time_left(say, "evaluations")
+    on_progress, done, total = time_left(say, "evaluations"), 0, sum(missing.values())
     on_progress(done, total)
     for number, (name, alphas) in enumerate(runs.items(), start=1):
         path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
-        say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
-        if not path.exists():
+        say(f"{number}/{len(runs)} {name} at alpha {at}{'' if name in missing else ': read before'}")
+        if name in missing:
             table = predicted(trained.get(name), alphas)
             log.check()
             write_predictions(path, table)
-            done += len(alphas)
+            done += missing[name]
             on_progress(done, total)
         tables[name] = read_predictions(path)
     return tables
