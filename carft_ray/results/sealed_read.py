@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
@@ -32,7 +32,7 @@ from carft_ray.layout import COMMITS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.schema.data import TEST_ROLES
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.results import test_summary
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
@@ -249,6 +249,7 @@ def _evaluate(
     Returns:
         Predictions by the folder of the training, zero-shot by its name.
     """
+    recipe = with_threads(recipe, environment.usable_cores())  # no trials run beside it
     set_up(recipe)
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
     clip, batch_size = inputs.clip, recipe.evaluate.batch_size
