@@ -132,6 +132,8 @@ def check(recipe: Recipe, path: Path, again: int | None = None) -> None:
         problems.append(Problem(f"{path}: search.space", "must have a parameter besides those of methods", "none"))
     if recipe.data.id_test is None:
         problems.append(Problem(f"{path}: data.id_test", "must be a set: this benchmark reads test sets", "none"))
+    if not recipe.data.ood_val:
+        problems.append(Problem(f"{path}: data.ood_val", "must have a set: fronts are of ID and OOD accuracy", "none"))
     if recipe.search.sampler.seed == again:
         problems.append(Problem("--again", "must be another seed than the recipe's search.sampler.seed", str(again)))
     if problems:

@@ -92,6 +92,28 @@ def test_the_winner_is_trained_without_penalties_too_where_it_has_some_and_the_l
     assert notes == ["no ablation: the fine-tuning is your own function, which carft-ray cannot run without penalties"]
 
 
+def test_points_of_a_front_keep_their_alphas_whichever_the_grids_are(view, other):
+    winner = replace(confirmation.first_stage(view, 1, 2).rows[0], alpha=view.recipe.search.alpha.measured[-2])
+    [free] = confirmation.without_penalties(view.recipe, winner)
+    [own] = confirmation.without_penalties(view.recipe, replace(winner, values={**winner.values, "alpha": 0.437}))
+    assert (free.values["alpha"], own.values["alpha"]) == (None, 0.437)
+    point = replace(other.best, standing=2, alpha=0.35, values={**other.best.values, "alpha": 0.437})
+    rival = confirmation.first_stage(view, 1, 2, [replace(other, trials=[point])]).rows[-1]
+    assert rival.alpha == rival.values["alpha"] == 0.35  # else no training would measure it
+
+
+def test_what_goes_on_with_a_comparison_has_its_options(view):
+    def options(first, second=None, best=None):
+        rows = read_study(view.study_dir).confirmations
+        return confirmation.options_to_go_on(first, second, view.recipe, rows, best or first.winner)
+
+    first = confirmation.first_stage(view, 2, 2, ablation=False)
+    assert options(first) == "--top 2 --seeds 2 --no-ablation"
+    second = confirmation.second_stage(first, name_of(view, 2), view.recipe)
+    assert options(first, second) == "--top 2 --seeds 2 --winner confirmed --no-ablation"
+    assert options(first, second, "t0009") == "--top 2 --seeds 2 --no-ablation"  # a better trial begins anew
+
+
 def test_a_comparison_of_the_best_of_different_numbers_of_trainings_says_so():
     numbers = {
         "t0001": ("winner", 16),

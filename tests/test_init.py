@@ -180,6 +180,13 @@ def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert found["text"] == preset_text("quickstart")
 
 
+def test_a_copy_of_a_preset_says_where_its_images_are_missing(tmp_path, capsys):
+    assert call(["init", "--preset", "pacs", "--to", tmp_path / "mine" / "pacs.yaml"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "4 sets cannot be read, the first one: data.train.path: must be the folder of PACS" in err
+    assert f"but got {tmp_path / 'data' / 'pacs'}" in err
+
+
 @pytest.mark.parametrize(("name", "hold_out"), [("pacs", "photo"), ("office-home", "Real World"), ("vlcs", "SUN09")])
 def test_a_preset_that_leaves_one_domain_out_may_leave_out_another(name, hold_out):
     before, after = (parse_yaml(preset_text(name, domain), name).value["data"] for domain in (None, hold_out))

@@ -10,6 +10,7 @@ from logs import commits, holding, rewrite, write_line
 from study_steps import run_all, searching
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
+from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record, require_unread
 from carft_ray.study.rows import baselines, trials
 
@@ -202,7 +203,7 @@ def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study
     assert (last.purpose, last.reason, last.details) == (
         "search went on",
         "a wider range",
-        {"trials": 4, "trials_before": 2},
+        {"trials": 4, "trials_before": 2, "baselines": ["plain"]},
     )
     assert require_unread(study_dir, stand_in.make_recipe(4), None) is False  # the same search, resumed
     with pytest.raises(HoldOutError):
@@ -210,6 +211,19 @@ def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study
     write_line(study_dir, RECIPE, reason="once more")
     with pytest.raises(HoldOutError):
         require_unread(study_dir, stand_in.make_recipe(4), None)
+
+
+def test_a_baseline_that_is_new_after_a_read_needs_a_reason_of_its_own(study_dir):
+    more = with_keys(RECIPE, search={"baselines": {**RECIPE.search.baselines, "strong": {"kl_weight": 0.0}}})
+    with pytest.raises(HoldOutError, match=r"its test sets were read"):
+        require_unread(study_dir, more, None)
+    wide = stand_in.make_recipe(4)
+    assert require_unread(study_dir, wide, "a wider range") is True
+    with pytest.raises(HoldOutError):  # that was of more trials
+        require_unread(study_dir, more, None)
+    assert require_unread(study_dir, more, "a reviewer asked for it") is True
+    assert read_ledger(study_dir)[-1].details["baselines"] == ["plain", "strong"]
+    assert require_unread(study_dir, more, None) is False
 
 
 def test_a_reason_must_say_something_and_the_recipe_be_that_of_the_study(study_dir):

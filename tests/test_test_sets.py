@@ -14,6 +14,7 @@ import crash_host
 import numpy as np
 import pytest
 import short_sealed
+import short_training
 import stand_in
 import torch
 from logs import change, commits, holding
@@ -246,11 +247,11 @@ def entry_named(name, study="one"):
 
 
 def test_reads_noted_at_the_same_time_are_all_there(here):
-    recipe = load_recipe(here / "study" / "resolved.yaml")
+    recipe, digests = load_recipe(here / "study" / "resolved.yaml"), {"id_test": "of its images"}
     with ThreadPoolExecutor(8) as pool:
         names = [f"{number:016x}" for number in range(24)]
-        list(pool.map(lambda name: test_summary.note_read(here / name, recipe, [entry_named(name)]), names))
-    found, problems = test_summary.note_read(here, recipe, [entry_named("last")])
+        list(pool.map(lambda name: test_summary.note_read(here / name, recipe, [entry_named(name)], digests), names))
+    found, problems = test_summary.note_read(here, recipe, [entry_named("last")], digests)
     assert problems == []
     assert sorted(one["study"] for one in found) == [str(here / name) for name in names]
 
@@ -264,7 +265,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     for name, text in damaged.items():
         (place / f"{name}.json").write_text(text)
     os.mkfifo(place / "pipe.json")
-    found, problems = test_summary.note_read(here, recipe, [entry_named("../../beyond")])
+    found, problems = test_summary.note_read(here, recipe, [entry_named("../../beyond")], whole["sets"])
     assert [one["study"] for one in found] == ["x\\x1b[31m"]
     assert len(problems) == len(damaged) + 1
     assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))
@@ -275,6 +276,23 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     assert code == 0, err
     assert "this read is not noted for other studies of these images" in err
     place.unlink()
+
+
+def test_a_killed_read_does_not_go_on_with_other_images(run, again, read, folder):
+    """Else a configuration that was read before would be compared with others on other images of the same names."""
+    (again / "test" / "read-1" / "summary.json").unlink()
+    image = min((folder / "images" / "cartoon").rglob("*.png"))
+    before = image.read_bytes()
+    try:
+        short_training.write_image(image, 0, 999)
+        code, _, err = run("test", "study")
+    finally:
+        image.write_bytes(before)
+    assert code == 8
+    assert "cartoon: must have the images with which this read began, but got others" in " ".join(err.split())
+    assert f"carft-ray test {again} --again REASON" in " ".join(err.split())
+    assert len(read_ledger(again)) == 1
+    assert run("test", "study")[0] == 0
 
 
 @pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])

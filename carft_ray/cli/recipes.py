@@ -1,5 +1,6 @@
 """Writing a recipe, its schema, and checking a recipe."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,10 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.ui import console
+from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
-import sys
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
@@ -84,8 +85,12 @@ def init(
     from carft_ray.recipe.loading import parse_recipe
 
     written = parse_recipe(text, to or Path("recipe.yaml"))  # before anything is written
-    if from_ is not None:
-        notes = [*notes, *(f"doctor will refuse this recipe: {problem}" for problem in _refused(written))]
+    refused = [] if from_ is None and to is None else _refused(written)
+    if preset is not None and refused:
+        words = "a copy needs other paths, which start at its folder"
+        notes = [f"{words}; {counted(len(refused), 'set')} cannot be read, the first one: {refused[0]}"]
+    else:
+        notes = [*notes, *(f"doctor will refuse this recipe: {problem}" for problem in refused)]
     for note in notes:
         console.warn(note)
     found = [{**vars(one), "num_images": one.num_images} for one in roots]

@@ -18,7 +18,7 @@ from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
 from carft_ray.recipe.written import train_problems
-from carft_ray.results.confirmation import TRIALS, read_plan, whole_rows, without_penalties
+from carft_ray.results.confirmation import options_to_go_on, read_plan
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines
@@ -127,17 +127,28 @@ def next_steps(view: Overview, study: Place, after: str) -> list[str]:
     return [f"carft-ray {step}" for step in steps if step.split()[0] != after]
 
 
+def winner_of_confirm(view: Overview) -> str | None:
+    """Returns the name of the trial that a confirm has chosen with fresh seeds; None if the search's winner counts."""
+    from carft_ray.results.stored import read_compared  # loads pyarrow
+
+    with contextlib.suppress(CarftError, KeyError, TypeError):
+        found = read_compared(view.study_dir, CONFIRM) or {}
+        return str(found["winner"]) if found.get("chosen_by") == "confirm" else None
+    return None
+
+
 def behind_zero_shot(view: Overview) -> bool:
     """Returns whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
     the search has measured both. A winner that a confirm has chosen counts for it.
     """
     from carft_ray.results.stored import read_compared  # loads pyarrow
 
+    confirmed = winner_of_confirm(view)
     with contextlib.suppress(CarftError, KeyError, TypeError):  # damaged files are reported by other commands
         for step in (TEST_DIR, CONFIRM):
             found = read_compared(view.study_dir, step) or {"rows": []}
             means = {row["name"]: row["objective"]["mean"] for row in found["rows"]}
-            best = found["winner"] if found.get("chosen_by") == "confirm" else view.best and view.best.name
+            best = confirmed or (view.best and view.best.name)
             if best in means and ZERO_SHOT in means:  # else the search has continued, and has another best trial
                 return bool(means[best] < means[ZERO_SHOT])
     zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
@@ -162,7 +173,8 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
     steps, trust = [], trust_word(view.recipe)
     if not finished:
-        again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted) else ""
+        given = view.recipe.search.baselines
+        again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted, given) else ""
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"
@@ -177,7 +189,9 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     if finished:
         steps += _trust(view, folder, reads)
     if not behind_zero_shot(view):
-        steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
+        confirmed = winner_of_confirm(view)
+        trial = "" if confirmed in (None, view.best.name) else f" --trial {confirmed}"
+        steps.append(f"export {folder} --to {export_folder(view.recipe.name)}{trial}")
     num_more = max(4, wanted // 2)
     has_more = num_trials(with_keys(view.recipe, search={"trials": wanted + num_more})) > wanted
     if finished and not reads and has_more and view.recipe.search.space:
@@ -197,16 +211,8 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     done = ended >= last.trainings().keys()
     best = view.best.name if view.best is not None else ""
     if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
-        top = sum(row.role in TRIALS for row in first.rows)
-        twice = " --winner confirmed" if second is not None and first.winner == best else ""
-        whole = {row.role for row, _ in whole_rows(last, view.confirmations)}
-        if done and first.winner == best and "winner" not in whole:  # it has failed
-            if "candidate" not in whole:
-                return []
-            twice = " --winner confirmed"
-        if all(row.role != "ablation" for row in first.rows) and without_penalties(view.recipe, first.rows[0]):
-            twice += " --no-ablation"
-        return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}{trust}"]
+        options = options_to_go_on(first, second, view.recipe, view.confirmations, best)
+        return [f"confirm {folder} {options}{trust}"] if options else []
     if view.recipe.data.id_test is None:
         return []
     if not reads:

@@ -292,6 +292,31 @@ def last_stage(study_dir: Path) -> Stage | None:
     return plan and (plan[1] or plan[0])
 
 
+def options_to_go_on(
+    first: Stage, second: Stage | None, recipe: Recipe, rows: Sequence[TrialRow], best: str
+) -> str | None:
+    """Returns the options of ``confirm`` that go on with a comparison; None where each trial has failed with some seed.
+
+    Args:
+        first: The first stage.
+        second: The second one, if the first one has chosen.
+        recipe: The study's recipe.
+        rows: All trainings with fresh seeds.
+        best: Name of the trial that is the best one now: with another one than the comparison's, it begins anew.
+    """
+    last = second or first
+    whole = {row.role for row, _ in whole_rows(last, rows)}
+    is_same = first.winner == best
+    has_ended = {row.name for row in rows if row.outcome != "running"} >= last.trainings().keys()
+    has_failed = is_same and has_ended and "winner" not in whole
+    if has_failed and "candidate" not in whole:
+        return None
+    words = f"--top {sum(row.role in TRIALS for row in first.rows)} --seeds {len(first.seeds)}"
+    words += " --winner confirmed" if has_failed or (is_same and second is not None) else ""
+    has_ablation = any(row.role == "ablation" for row in first.rows)
+    return words + ("" if has_ablation or not without_penalties(recipe, first.rows[0]) else " --no-ablation")
+
+
 def _stage(content: Mapping[str, Any]) -> Stage:
     return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
 
@@ -305,8 +330,10 @@ def without_penalties(recipe: Recipe, winner: PlanRow) -> list[PlanRow]:
     weights = {name: 0 for name in PENALTIES if getattr(train, name)}
     if not weights or train.function is not None:
         return []
-    # where the winner's alpha is on the grid, the whole curve is measured: its own alpha may be any on it
-    free = {"alpha": None} if winner.alpha in recipe.search.alpha.measured else {}
+    # where the winner's alpha is on the grid, the whole curve is measured: its own alpha may be any on it. A Pareto
+    # search's training measures the grid besides its own alpha in any case, and its point of the front may change
+    is_free = winner.alpha in recipe.search.alpha.measured and "alpha" not in winner.values
+    free = {"alpha": None} if is_free else {}
     row = replace(winner, name=f"{winner.name}, no penalties", role="ablation", values=winner.values | weights | free)
     return [replace(row, training=f"{winner.training}-no-penalties", objective=0.0, chosen_from=1)]
 
@@ -332,7 +359,7 @@ def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
     here, there = (each.recipe.train.model_dump(mode="json", exclude={"alpha"}) for each in (view, other))
     values = {**{key: value for key, value in there.items() if value != here[key]}, **best.values}
     if best.standing:
-        values.setdefault("alpha", best.alpha)
+        values["alpha"] = best.alpha  # of its point of the front: it may be on a grid that this study has not
     name = f"{other.study_dir.name} {best.name}"
     training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
     row = _plan_row(replace(best, values=values), "baseline", other.num_finished)

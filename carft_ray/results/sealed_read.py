@@ -26,7 +26,7 @@ from carft_ray.data.copies.shared_images import find_shared, read_shared, withou
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sets import open_source
 from carft_ray.data.source import ImageSet, Source
-from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, StorageError
+from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, StorageError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.layout import COMMITS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
@@ -41,7 +41,7 @@ from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
 from carft_ray.study.place import named
-from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
+from carft_ray.study.recipe_identity import recipe_for_use, resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
 from carft_ray.study.training import TrialRow
 from carft_ray.study.uploads import open_log, uploading
@@ -95,18 +95,21 @@ def read_sealed(
         trained = _trainings(study_dir, runs.keys() - {ZERO_SHOT})
         for row in trained.values():
             require_weights(study_dir, row, recipe)
+        digests, problems = _digests(recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            details = {**compared, test_summary.NOTE_NAME: secrets.token_hex(8)}
+            details = {**compared, test_summary.NOTE_NAME: secrets.token_hex(8), test_summary.DIGESTS: digests}
             entry = ledger.record(study_dir, log, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
+            _require_same_images(study_dir, entry, digests)
             say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in ledger.reads_of(entries))
-        elsewhere, problems = test_summary.note_read(study_dir, recipe, [*entries, entry])
-        for line in (*problems, *test_summary.lines_of_other_reads(elsewhere)):
+        elsewhere, more = test_summary.note_read(study_dir, recipe, [*entries, entry], digests) if digests else ([], [])
+        for line in (*problems, *more, *test_summary.lines_of_other_reads(elsewhere)):
             say(line)
-        changed = _changed_sets(recipe, log)
+        noted = ledger.noted_test_sets(log) or {}
+        changed = [name for name, digest in digests.items() if noted.get(name, digest) != digest]
         for line in changed_lines(changed):
             say(line)
         folder = _read_dir(study_dir, number)
@@ -155,7 +158,7 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         problems.append(Problem(sets[1], rule, value))
     step = (
         "Begin a new study, which leaves them out of training and validation. Or get numbers with and without them: "
-        f"carft-ray resume {shlex.quote(named(study_dir))} --set data.shared_images=keep"
+        f"{resume_command(study_dir)} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)
     raise HoldOutError(problems)
@@ -184,11 +187,21 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
     return reads[-1] if reads else None
 
 
-def _changed_sets(recipe: Recipe, log: Log) -> list[str]:
-    """Returns the test sets whose images are not those that the study has noted; none where it has noted nothing."""
-    noted = ledger.noted_test_sets(log) or {}
-    now = digests_of_tests(recipe, cache_dir(recipe)) if noted else {}
-    return [name for name, digest in now.items() if noted.get(name, digest) != digest]
+def _digests(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
+    """Returns ``digests_of_tests`` and no line; none of them, and a line, if they cannot be made."""
+    try:
+        return digests_of_tests(recipe, cache_dir(recipe)), []
+    except (CarftError, OSError) as error:
+        return {}, [f"it is unknown whether these images have changed or other studies have read them: {error}"]
+
+
+def _require_same_images(study_dir: Path, entry: ledger.Entry, digests: Mapping[str, str]) -> None:
+    """Refuses to continue a read with other images: its configurations would be compared on different ones."""
+    before = entry.details.get(test_summary.DIGESTS) or digests
+    if digests and (changed := [name for name in digests if before.get(name) != digests[name]]):
+        rule = "must have the images with which this read began"
+        step = f"Restore them, and the read continues. Or read all of them: {_again(study_dir)}"
+        raise HoldOutError(Problem(f"{study_dir}: {', '.join(changed)}", rule, "others", next_step=step))
 
 
 def _again(study_dir: Path) -> str:

@@ -23,14 +23,15 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, listed, made_folder
-from carft_ray.data.copies.find import SharedRow, digests_of_tests
+from carft_ray.data.copies.find import SharedRow
 from carft_ray.data.copies.shared_images import shared_counts
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM
+from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import Stage, last_stage, whole_rows
+from carft_ray.results.confirmation import Stage, last_stage, options_to_go_on, read_plan, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
@@ -41,7 +42,7 @@ from carft_ray.words import counted, times
 
 ID_TEST = "id_test"
 NOTES = "test_reads"
-NOTE_NAME = "note"  # in the details of a read's line in the ledger: that of its file
+NOTE_NAME, DIGESTS = "note", "digests"  # in the details of a read's line in the ledger: of its file; of its test sets
 _MOST_BYTES, _MOST_SHOWN = 2**20, 3
 # a read by another study: ``study`` (its folder, when it read), ``time`` (ISO 8601), ``user``, and ``sets``: those of
 # this study that have the very images which were read there
@@ -67,7 +68,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
     """
     stage = last_stage(study_dir)
     if stage is not None:
-        return _of_confirm(study_dir, stage)
+        return _of_confirm(study_dir, recipe, stage)
     best = require_finished(study_dir, best_row(trials(study_dir)))
     rows = []
     for row in (best, *baselines(study_dir)):
@@ -80,7 +81,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
     return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows}
 
 
-def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
+def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
     confirmed = read_compared(study_dir, CONFIRM) or {}
     failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
@@ -88,8 +89,11 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
     if unfinished or not has_winner or confirmed.get("seeds") != list(stage.seeds):
-        step = f"Finish it: carft-ray confirm {shlex.quote(named(study_dir))}\n    "
-        step += f"Or move {study_dir / CONFIRM} away, and one training of each is compared."
+        first, second = read_plan(study_dir) or (stage, None)
+        options = options_to_go_on(first, second, recipe, confirmations(study_dir), first.winner)
+        command = f"carft-ray confirm {shlex.quote(named(study_dir))} {options}{trust_word(recipe)}"
+        step = f"Finish it: {command}\n    Or move" if options else "Each of its trials has failed with a seed. Move"
+        step += f" {study_dir / CONFIRM} away, and one training of each is compared."
         value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
         rule = "a started confirm must be finished"
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
@@ -212,25 +216,24 @@ def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
     return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
 
 
-def note_read(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[list[OtherRead], list[str]]:
+def note_read(
+    study_dir: Path, recipe: Recipe, entries: Sequence[Entry], digests: Mapping[str, str]
+) -> tuple[list[OtherRead], list[str]]:
     """Notes the last read of a ledger and returns those that other studies have noted of the same images.
 
     Never raises for what is wrong with the notes.
 
     Args:
         study_dir: The study directory.
-        recipe: Its recipe, whose test sets can be opened.
+        recipe: Its recipe.
         entries: All lines of its ledger, that of this read last.
+        digests: Of the test sets (``digests_of_tests``).
 
     Returns:
         The reads, oldest first; what could not be noted or read, a line each.
     """
     cache, entry = cache_dir(recipe), entries[-1]
     own, found, problems = {str(line.details.get(NOTE_NAME)) for line in entries}, list[OtherRead](), list[str]()
-    try:
-        digests = digests_of_tests(recipe, cache)
-    except (CarftError, OSError) as error:
-        return [], [f"it is unknown whether other studies have read these images: {error}"]
     name, content = str(entry.details.get(NOTE_NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
     try:
         folder = made_folder(cache, NOTES)

@@ -13,7 +13,7 @@ import contextlib
 import getpass
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -242,7 +242,8 @@ def require_unread(
         return False
     with readable(log) as storage:
         by_kind = all_rows(storage)
-    if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
+    given = recipe.search.baselines
+    if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted, given):
         return False
     if reason is None:
         rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
@@ -252,25 +253,34 @@ def require_unread(
     check_fit(study_dir)
     compare(study_dir, log, recipe, change_space)
     with held(log, tell), uploading(log):
-        details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
+        details = {"trials": wanted, "trials_before": len(by_kind["trial"]), "baselines": sorted(given)}
         record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)
     return True
 
 
-def needs_reason(entries: list[Entry], trials: Sequence[TrialRow], baselines: Sequence[TrialRow], wanted: int) -> bool:
+def needs_reason(
+    entries: list[Entry],
+    trials: Sequence[TrialRow],
+    baselines: Sequence[TrialRow],
+    wanted: int,
+    given: Collection[str],
+) -> bool:
     """Tells whether a search would train more than a ledger allows without a reason: its test sets were read.
 
     Args:
         entries: The ledger.
         trials: Of the study.
         baselines: Of the study.
-        wanted: Trials that the study shall have; a reason for as many, given after the last read, is enough.
+        wanted: Trials that the study shall have.
+        given: Names of the baselines that it shall have. A reason for as many trials and for all new baselines, given
+            after the last read, is enough.
     """
-    reads = reads_of(entries)
-    if not reads or (len(trials) >= wanted and all(row.outcome != "running" for row in (*trials, *baselines))):
+    reads, new = reads_of(entries), {*given} - {row.name for row in baselines}
+    has_begun = len(trials) >= wanted and not new
+    if not reads or (has_begun and all(row.outcome != "running" for row in (*trials, *baselines))):
         return False
-    went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
-    return all(entry.details.get("trials", 0) < wanted for entry in went_on)
+    went_on = [entry.details for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
+    return not any(each.get("trials", 0) >= wanted and new <= {*each.get("baselines", ())} for each in went_on)
 
 
 def check_reason(reason: str | None) -> None:
