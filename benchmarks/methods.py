@@ -171,9 +171,9 @@ def luck(searched: Mapping[str, float], confirmed: Mapping[str, Any], first: str
     """
     rows = []
     for row in confirmed["rows"]:
-        if row["role"] != "ablation" and row["alpha"]:
+        if row["role"] != "ablation":
             cells = [f"{100 * searched[row['name']]:.1f}", cell(row["objective"])]
-            rows.append([_name(row, first), row["chosen_from"], *cells])
+            rows.append([_name(row, first), row["chosen_from"] or "", *cells])
     return table(["objective on validation", "best of", "in the search, one seed", "on fresh seeds"], rows)
 
 

@@ -224,14 +224,18 @@ def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(s
     assert verdict(alone)[0].text.startswith("no baseline to compare with")
     assert "tuned with 2 trainings of CAR-FT; baseline fine tuning not tuned" in verdict(searched)[4].text
     status = {**searched["status"], "baselines": [], "times": {"training_s": 9000}}
-    for second in (16, 4):
-        line = verdict({**searched, "status": status, "methods": {"car_ft": 16, "feature_kd": second}})[4]
-        assert line.text.startswith(f"tuned with 16 trainings of car ft and {second} trainings of feature kd")
-        assert line.passed == (second == 16)
+    for number in (16, 4):  # the best of as many trainings as the winner, or of fewer
+        confirm = compared(BETTER, 3)
+        for row, trainings in zip(confirm["rows"], (16, number), strict=True):
+            row["chosen_from"] = trainings
+        found = {**searched, "status": status, "methods": {"car_ft": 12, "feature_kd": 4}, "confirm": confirm}
+        line = verdict({**found, "rivals": ["fine_tuning"]})[4]
+        assert line.text.startswith("tuned with 12 trainings of car ft and 4 trainings of feature kd")
+        assert f"fine_tuning tuned in a search of its own, the best of {number}; " in line.text
+        assert line.passed == (number == 16)
         assert line.text.endswith("2.5 hours without a GPU")
     later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared(BETTER, 3)}
     assert "The best trial of the search, t0007, is not in it." in verdict(later)[0].text
-    assert "ft_study t0001 tuned in a search of its own" in verdict({**searched, "rivals": ["ft_study t0001"]})[4].text
 
 
 def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):

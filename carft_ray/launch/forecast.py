@@ -34,6 +34,7 @@ from carft_ray.launch.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.recipe.space import drawn, middle, num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
@@ -57,6 +58,8 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
     trial_s = statistics.fmean(_training_s(recipe, measured, drawn(space, rng.uniform)) for _ in range(NUM_DRAWS))
     baselines_s = sum(_training_s(recipe, measured, values) for values in given)
     slots = max(1, min(capacity.concurrency, trials + baselines))
+    # a winner with penalties is trained without them, too
+    penalised = recipe.train.function is None and any(name in space or getattr(recipe.train, name) for name in PENALTIES)
     held_hours = (trials * trial_s + baselines_s + slots * start_s) * capacity.num_workers / 3600
 
     def lasts_s(trials: int, seeds: int) -> float:
@@ -85,7 +88,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
         "num_baselines": baselines,
         "trial_s": round(trial_s, 1),
         "search_s": lasts_s(trials, 1),
-        "confirm_s": lasts_s(min(CONFIRMED, trials), SEEDS),
+        "confirm_s": lasts_s(min(CONFIRMED, trials) + int(penalised), SEEDS),
         "cpu_hours": round(held_hours * capacity.cpus_per_worker, 5),
         "gpu_hours": round(held_hours * capacity.gpus_per_worker, 5),
         "disk_bytes": {name: int(size) for name, size in disk.items()},

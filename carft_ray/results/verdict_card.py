@@ -127,7 +127,10 @@ def _tests(document: Document) -> Line:
 
 
 def _cost(document: Document) -> Line:
-    """Returns what was spent on whom: only what had trials of its own was tuned."""
+    """Returns what was spent on whom: only what had trials of its own was tuned.
+
+    It passes if the winner and the baseline of the headline are the best of equal numbers of trainings.
+    """
     status, methods = document["status"], document["methods"]
     each = [f"{counted(count, 'training')} of {_spaced(name)}" for name, count in methods.items()]
     fixed = [_spaced(row["name"]) for row in status["baselines"] if row["name"] != ZERO_SHOT]
@@ -135,14 +138,17 @@ def _cost(document: Document) -> Line:
     if fixed:
         several = len(fixed) > 1
         text += f"; baseline{'s' * several} {' and '.join(fixed)} not tuned: one training{' each' * several}"
-    if document["rivals"]:
-        text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
+    rows = (document["confirm"] or {}).get("rows", ())
+    best_of = {row["name"]: row.get("chosen_from", 0) for row in rows}
+    for rival in document["rivals"]:
+        text += f"; {rival} tuned in a search of its own, the best of {best_of.get(rival, 0)}"
     if "own trainer" in methods:
         text += "; choices of your own trainer on the labelled validation sets are not counted"
     hours = status["budget"]["gpu_hours_used"]
     text += f"; {hours:.3g} GPU hours" if hours else f"; {_time(status['times']['training_s'])} without a GPU"
-    is_equal = len(methods) > 1 and len({*methods.values()}) == 1
-    return Line("Cost", is_equal and not fixed, text)
+    winner = next((row["name"] for row in rows if row["role"] == "winner"), "")
+    against = (document["test"] or document["confirm"] or {}).get("headline_baseline")
+    return Line("Cost", 0 < best_of.get(against, 0) == best_of.get(winner), text)
 
 
 def _time(seconds: float) -> str:
