@@ -4,7 +4,7 @@
 #     sbatch cluster/slurm.sh RECIPE STUDY     start; what follows STUDY goes to `carft-ray search`
 #     carft-ray status STUDY --watch           watch, where STUDY is seen; the log is carft-JOBID.out
 #     carft-ray stop STUDY                     stop: checkpoints are written, nothing is requeued
-#     sbatch cluster/slurm.sh RECIPE STUDY     resume, after a stop, a scancel or a lost node
+#     sbatch cluster/slurm.sh RECIPE STUDY     resume, after a stop, a scancel or the end of Ray on a node
 #
 # Activate the environment that has carft-ray before sbatch; it and the images lie at the same place on all nodes. STUDY is
 # a folder on a disk that all nodes see, or in a bucket (s3://...; then the folder of sbatch is on such a disk): it must

@@ -86,6 +86,7 @@ def test_what_only_the_node_finds_is_told_with_its_place():
         one.add("warning", "", "is so on every machine")
     there.found.add("error", "data.train.path", "must be an existing folder", "/images")
     there.found.add("note", "model", "is good to know")
+    assert [found.level for found in judge([], here)] == ["warning"]  # no node has come yet
     [found] = judge([there], here)
     assert str(found.problem) == "node 10.0.0.2: data.train.path: must be an existing folder, but got /images"
 

@@ -71,7 +71,7 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand(slots, ro
     # 18 s for Ray and the preparation, 5 s until the first training runs, 10 s of each training
     assert found["search_s"] == 18 + 5 + rounds * 10
     assert found["trial_s"] == 10
-    assert found["confirm_s"] == 18 + 5 + confirm_rounds * 10  # three trials, one without penalties, the baseline, three seeds
+    assert found["confirm_s"] == 18 + 5 + confirm_rounds * 10  # 3 trials, no penalties, the baseline; 3 seeds
     assert found["cpu_hours"] == pytest.approx((8 * 10 + starts * 5) / 3600, abs=1e-5)
     assert found["gpu_hours"] == 0
     assert (found["concurrency"], found["limited_by"]) == (slots, "search.max_concurrent_trials")

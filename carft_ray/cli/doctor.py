@@ -91,7 +91,7 @@ def doctor(
 
 def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
     """Prints a diagnosis; with a cluster, what its nodes have found and what is wrong there, too."""
-    if reports:
+    if on_nodes or reports:
         from carft_ray.training.doctor import finding_data
 
         data["findings"] += map(finding_data, on_nodes)

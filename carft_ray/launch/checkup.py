@@ -166,6 +166,13 @@ def collective(backend: str, address: str, port: int, rank: int, world_size: int
 
 def judge(reports: Sequence[NodeReport], here: Diagnosis) -> list[Finding]:
     """Returns what is wrong on the nodes and not here, errors first, in one finding for all nodes that share it."""
+    if not reports:
+        step = "Nodes that come only for a search are checked once it runs: run doctor again then, or start one before."
+        return [
+            Finding(
+                "warning", Problem("cluster", "no node that runs trials was checked: none is there", next_step=step)
+            )
+        ]
     together: dict[Finding, list[str]] = {}
     for report in reports:
         for finding in _findings(report, here):

@@ -59,7 +59,9 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
     baselines_s = sum(_training_s(recipe, measured, values) for values in given)
     slots = max(1, min(capacity.concurrency, trials + baselines))
     # a winner with penalties is trained without them, too
-    penalised = recipe.train.function is None and any(name in space or getattr(recipe.train, name) for name in PENALTIES)
+    penalised = recipe.train.function is None and any(
+        name in space or getattr(recipe.train, name) for name in PENALTIES
+    )
     held_hours = (trials * trial_s + baselines_s + slots * start_s) * capacity.num_workers / 3600
 
     def lasts_s(trials: int, seeds: int) -> float:
