@@ -165,7 +165,11 @@ def test_what_is_passed_over_is_counted_by_ending_and_told_in_one_line_once(tree
         one.bind("s.png")
     for _ in range(2):
         assert len(folder_source(tree, ["photo"], None, "data.train")) == 4
-    (line,) = told.messages
+    (tree / "art" / "fish" / "a.gif").write_bytes(b"")
+    for _ in range(2):
+        folder_source(tree, ["art"], None, "data.ood_val.art")
+    line, other = told.messages
+    assert other.startswith(f"data.ood_val.art: ignored in {tree}: 1 .gif")
     assert line.startswith(
         f"data.train: ignored in {tree}: 2 .gif, 2 pipe, socket or device, 1 .heic, 1 .jfif, 1 folder, "
         "1 without ending. Images are the files that end in .png, .jpg,"

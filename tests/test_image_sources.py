@@ -269,6 +269,16 @@ def test_a_table_of_so_many_rows_that_they_fill_the_memory_is_refused(base, endi
     assert "must be a readable table, but got one of 6 rows, which is more than 5" in told(table, base, f"set.{ending}")
 
 
+def test_a_path_may_be_written_by_a_link_above_the_root(base):
+    write_folder(base / "images", IMAGES)
+    (base / "home").symlink_to(base)
+    write_table(base / "set.csv", pa.table({"image": [f"{base}/home/images/cat/0.png"], "label": ["cat"]}))
+    assert list(table(base, "set.csv", root="images").listing.names) == ["cat/0.png"]
+    (base / "images" / "cat" / "out.png").symlink_to("/etc/passwd")
+    write_table(base / "set.csv", pa.table({"image": ["/etc/passwd"], "label": ["cat"]}))
+    assert "must be the path of a file inside" in told(table, base, "set.csv", root="images")
+
+
 @pytest.mark.parametrize("path", ["../images/cat/0.png", "/etc/x.png", "", ".", "a/../../images/cat/0.png"])
 def test_paths_out_of_the_root_are_refused(base, path):
     write_folder(base / "images", IMAGES)
@@ -456,6 +466,20 @@ def test_files_of_one_set_must_have_equal_columns(base):
     assert "train.label: must be a column of b.parquet, but got 'label'" in told(table, base, "tables")
 
 
+def test_numbers_must_mean_the_same_classes_in_all_files_of_a_table(base):
+    def noted(*names):
+        features = {"label": {"_type": "ClassLabel", "names": names}}
+        return {"huggingface": json.dumps({"info": {"features": features}})}
+
+    columns = table_of(IMAGES, classes=CLASSES)
+    write_table(base / "tables" / "a.parquet", columns.slice(0, 5).replace_schema_metadata(noted(*CLASSES)))
+    write_table(base / "tables" / "b.parquet", columns.slice(5).replace_schema_metadata(noted(*reversed(CLASSES))))
+    assert "name the classes of label alike, but b.parquet and a.parquet do not" in told(table, base, "tables")
+    assert len(table(base, "tables", class_names=list(CLASSES))) == len(IMAGES)
+    write_table(base / "set.parquet", columns.replace_schema_metadata(noted("bird", "cat", "bird")))
+    assert "the names of two classes must differ, but got 'bird' in place 0 of label" in told(table, base)
+
+
 def test_a_shard_that_is_cut_off_or_damaged_anywhere_is_told_and_all_at_once(base):
     write_shards(base / "set" / "shards", IMAGES)
     paths = sorted((base / "set" / "shards").glob("*.tar"))
@@ -592,6 +616,12 @@ TRAIN = {"split": "train"}
 # what makes a set wrong, with which path and keys it is asked for, and the message
 BROKEN_HF = [
     (spoilt(f"hub/data/{HUB_FILE}"), "hub", TRAIN, f"the split train must have 2 files, but got 1, without {HUB_FILE}"),
+    (
+        spoilt("hub/data/train-00000-of-00001.parquet", "?"),
+        "hub",
+        TRAIN,
+        "the split train must have 2 files, but got 3: ",
+    ),
     (spoilt("saved/train/data-00002-of-00003.arrow"), "saved", TRAIN, f"{NO_FILES} "),
     (spoilt(STATE), "saved", TRAIN, "must be a readable JSON file, but got No such"),
     (spoilt(STATE, "{"), "saved", TRAIN, "state.json: must be a readable JSON file, but got Expecting"),

@@ -168,6 +168,18 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
         survey(tmp_path)
 
 
+@pytest.mark.parametrize("flat", ["test", "val test"])
+def test_splits_without_class_folders_are_passed_over_with_a_line(tmp_path, caplog, flat):
+    write_tree(tmp_path / "tree", ["train"])
+    for name in flat.split():
+        write_tree(tmp_path / "tree", [""], classes=[name])
+    recipe, _ = drafted(tmp_path / "tree", "")
+    assert (recipe.data.train.path, recipe.data.train.domains) == (str(tmp_path / "tree"), ("train",))
+    assert open_source(recipe.data.train, "train", None).class_names == tuple(sorted(CLASSES))
+    (line,) = caplog.messages
+    assert f"the images directly in {', '.join(sorted(flat.split()))} are not used" in line
+
+
 def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert {"quickstart", "folders"} <= presets().keys()
     assert not [text for text in presets().values() if text.endswith(":")]

@@ -273,6 +273,35 @@ def test_a_tower_trains_that_keeps_what_it_has_computed_from_weights_in_eval_mod
     assert not torch.equal(frozen.of([], pixels, 1).features_BD, before)  # a moving teacher, too
 
 
+def test_mixtures_of_such_a_tower_are_evaluated_with_the_weights_that_they_have_now(monkeypatch):
+    """With a timm, too, that forgets what it keeps only where a module begins to train."""
+    vision = {"timm_model_name": "efficientvit_m0", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    clip = make_clip(vision, noise=0.02)
+    keeping = {type(module) for module in clip.model.visual.modules() if hasattr(module, "attention_bias_cache")}
+    assert keeping
+
+    def train(module, mode=True):
+        torch.nn.Module.train(module, mode)
+        if mode:
+            module.attention_bias_cache = {}
+        return module
+
+    for kind in keeping:
+        monkeypatch.setattr(kind, "train", train)
+    heads, sets = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES), [image_set(64)]
+    mixtures, start = Mixtures(clip, heads[0], settings(), CPU), classifier_of(clip, heads, settings()).state()
+    end = {
+        name: tensor + ("attention_biases" in name) if tensor.is_floating_point() else tensor
+        for name, tensor in start.items()
+    }
+    with mixtures.between(lambda: end) as mixed:
+        tables = [predict_all(mixed(alpha), sets, 0.0, 4, RunContext()) for alpha in (0.0, 1.0)]
+    by_hand = classifier_of(clip, heads, settings())
+    by_hand.load_state_dict(end)
+    assert not tables[0].equals(tables[1])
+    assert tables[1].equals(predict_all(by_hand, sets, 0.0, 4, RunContext()))
+
+
 def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):
     monkeypatch.setattr(tower, "has_compiler", lambda device: True)
     long, short = (settings(epochs=epochs, batch_size=100) for epochs in (10, 9))

@@ -10,6 +10,7 @@ is ``id_test`` unless the tree has splits; the other domains are shared out betw
 """
 
 import itertools
+import logging
 import math
 import os
 import re
@@ -32,6 +33,9 @@ from carft_ray.recipe.presets import ranges_for
 from carft_ray.recipe.rules import ROLES
 from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.recipe.written import quoted
+from carft_ray.untrusted import visible
+
+_log = logging.getLogger(__name__)
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class
@@ -110,6 +114,16 @@ def _class_roots(root: Path, folder: str) -> Iterator[ClassRoot]:
     for name in inside:
         counts[normal(name)] += _num_images(root / folder / name)
     parts = [] if folder == "." else folder.split("/")
+    with_images = [name for name, number in counts.items() if number]
+    are_splits = all(any(name.lower() in words for words in SPLITS.values()) for name in with_images)
+    if with_images and are_splits and len(parts) + 1 < DEEPEST:
+        # splits without class folders, beside one that has them
+        deeper = [each for name in inside for each in _class_roots(root, "/".join([*parts, name]))]
+        if deeper:
+            text = "%s: the images directly in %s are not used: they are in no class folder"
+            _log.warning(text, root / folder, ", ".join(map(visible, sorted(with_images))))
+            yield from deeper
+            return
     if counts.total():
         splits = [split for part in parts for split, words in SPLITS.items() if part.lower() in words]
         others = [part for part in parts if not any(part.lower() in words for words in SPLITS.values())]

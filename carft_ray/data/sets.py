@@ -224,10 +224,11 @@ def list_set(spec: StoredSet, place: str) -> Listing:
 
 def _tell_passed_over(listing: Listing, place: str) -> None:
     """Says in one line how many files of a set's folders are no images of it."""
-    if not listing.passed_over or listing.home in _warned:
-        return
-    _warned.add(listing.home)
     counts = sorted(listing.passed_over.items(), key=lambda item: (-item[1], item[0]))
+    found = f"{listing.home}: {counts}"  # parts of the same folders are told once, other domains of the tree apart
+    if not counts or found in _warned:
+        return
+    _warned.add(found)
     words = ", ".join(f"{count} {kind}" for kind, count in counts[:NUM_ENDINGS])
     text = "%s: ignored in %s: %s. Images are the files that end in %s"
     _log.warning(text, place, listing.home, visible(words), ", ".join(IMAGE_ENDINGS))

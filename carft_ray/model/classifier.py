@@ -97,9 +97,10 @@ class ImageClassifier(nn.Module):
         super().train(mode)
         for module in self.visual.modules():
             # without dropout, attention computes the same in both modes, but in eval mode of frozen layers by another
-            # path, with other last bits; and timm's keeps in eval mode what it has made of weights that train
+            # path, with other last bits; and some of timm's keep in eval mode what they have made of other weights: some
+            # releases forget it only in training mode, in which these modules do nothing else
             plain = isinstance(module, nn.MultiheadAttention) and module.dropout == 0
-            module.training = mode and (plain or hasattr(module, "attention_bias_cache"))
+            module.training = (mode and plain) or hasattr(module, "attention_bias_cache")
         return self
 
     def state(self) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ KeyPath = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _TEXTS = {_TAG + name for name in ("str", "timestamp", "merge", "value")}
+_MOST_DIGITS = 1000  # of a number
 _MAX_VALUES = 100_000  # a recipe has hundreds; aliases inside aliases reach this within a few lines
 SYNONYMS = {
     "lr": "learning_rate",
@@ -113,6 +114,7 @@ def parse_yaml(text: str, name: str) -> Document:
 
 def _value(node: Node, path: KeyPath, name: str, yaml: YAML, document: Document) -> Any:
     line = node.start_mark.line + 1
+    place = f"{name}:{line}: {dotted(path)}" if path else f"{name}:{line}"
     document.lines.setdefault(path, line)
     if len(document.lines) > _MAX_VALUES:
         raise RecursionError
@@ -123,11 +125,13 @@ def _value(node: Node, path: KeyPath, name: str, yaml: YAML, document: Document)
     if node.tag in _TEXTS and isinstance(node.value, str):
         return node.value
     if node.tag in _NUMBERS:
+        if len(node.value) > _MOST_DIGITS:
+            document.problems.append(Problem(place, "must be shorter", f"a number of {len(node.value):,} characters"))
+            return None
         try:
             return yaml.constructor.construct_object(node)
         except ValueError:  # a tag written out before a text that is none, such as `!!int x`
             pass
-    place = f"{name}:{line}: {dotted(path)}" if path else f"{name}:{line}"
     document.problems.append(Problem(place, "must be a plain value without a tag", str(node.tag)))
     return None
 

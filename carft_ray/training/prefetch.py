@@ -8,6 +8,7 @@ Shape letters: B images of a batch, N images of a set, H height, W width.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,8 +86,16 @@ def made_ahead(make: Callable[..., T], parts: Iterable[tuple[Any, ...]], number:
 
 
 def copy_stream(device: torch.device) -> "torch.cuda.Stream | None":
-    """Returns a stream for ``upload``; None on a CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    """Returns the stream of a device for ``upload``; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return _copy_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _copy_stream(index: int) -> "torch.cuda.Stream":
+    """Returns the same stream each time: torch keeps freed memory for the stream that has asked for it."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def upload(arrays: Iterable[npt.NDArray[Any]], stream: "torch.cuda.Stream | None") -> Upload:

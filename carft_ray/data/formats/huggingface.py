@@ -94,6 +94,10 @@ def _all(folder: Path, shards: list[re.Match[str]], place: str) -> list[Path]:
         rule = f"the split {split} must have {counted(expected, 'file')}"
         first = f"{split}-{missing[0]:05d}-of-{expected:05d}.parquet"
         raise DataError(Problem(f"{place}: {folder}", rule, f"{len(shards)}, without {first}"))
+    if len(shards) != expected:
+        rule, step = f"the split {split} must have {counted(expected, 'file')}", "Remove the files of the other export."
+        value = f"{len(shards)}: {', '.join(found.string for found in shards[:4])}"
+        raise DataError(Problem(f"{place}: {folder}", rule, value, next_step=step))
     return [folder / found.string for found in shards]
 
 

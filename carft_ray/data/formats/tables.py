@@ -5,6 +5,7 @@ an image is the value of the column ``id``; without one its path below ``root``,
 number of its row. Equal bytes in several rows get a count, by class, which names them alike in any order of the rows.
 """
 
+import functools
 import os
 import posixpath
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from carft_ray.data.file_index import kept_index
 from carft_ray.data.formats.folder import (
+    NAMES_STEP,
     check_names,
     file_listing,
     missing_files,
@@ -154,6 +156,7 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
     images = [name for name in there if features.get(name, {}).get("_type") == "Image" or _kind(types[name]) == "bytes"]
     labels = [name for name in there if _class_label(features.get(name, {})) is not None]
     image, label = spec.image or _only("image", there, images), spec.label or _only("label", there, labels)  # or ""
+    names = _class_label(features.get(label, {}))
     given = [("image", image), ("label", label), *(("id", name) for name in _id_column(spec))]
     given += [("where", name) for name in spec.where]
     for file, own in zip(files, schemas, strict=True):
@@ -172,9 +175,14 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
             elif _kind(found[name]) != _kind(types[name]):
                 rule = f"all files of a table must have equal columns: {name} is {types[name]} in {first}"
                 problems.append(Problem(f"{place}: {file}", rule, str(found[name])))
+        if not problems and spec.class_names is None and _class_label(_features(own).get(label, {})) != names:
+            rule = f"all files of a table must name the classes of {label} alike, but {file.name} and {first} do not"
+            problems.append(Problem(place, rule, next_step=NAMES_STEP))
         if problems:
             raise DataError(problems)
-    return _Columns(image, label, _kind(types[image]) == "text", _class_label(features.get(label, {})))
+    if names and spec.class_names is None:
+        check_names(names, "classes", lambda index: f"place {index} of {label}", place, NAMES_STEP)
+    return _Columns(image, label, _kind(types[image]) == "text", names)
 
 
 def _check_schema(schema: pa.Schema, used: Sequence[str], place: str) -> None:
@@ -290,12 +298,19 @@ def _paths(written: Sequence[Any], root: Path, spot: Spot, place: str) -> tuple[
     return paths, [Problem(f"{place}.image", rule, value, next_step=step)]
 
 
+@functools.lru_cache(1024)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def _below(path: str | None, root: Path) -> str | None:
     if not path:
         return None
     if path.startswith("/"):
         base = posixpath.normpath(str(root)).rstrip("/") + "/"
         path = posixpath.normpath(path)
+        if not path.startswith(base):  # written by another name of the folder: a link above it
+            path = posixpath.join(_real(posixpath.dirname(path)), posixpath.basename(path))
         if not path.startswith(base):
             return None
         path = path[len(base) :]

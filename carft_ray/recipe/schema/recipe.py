@@ -70,8 +70,8 @@ class ResourcesConfig(Config):
     needs one keeps it in the cache of its node, and later trainings read it; auto: stored if several trainings share
     them. The numbers are the same in each case"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
-    """in a search: after this many seconds without a training step, carft-ray ends a trial and tries it again; its log
-    says what its threads did; must be longer than its evaluations; null: never"""
+    """in a search: after this many seconds without ten training steps, carft-ray ends a trial and tries it again; its
+    log says what its threads did; null: never"""
 
     @property
     def threads_per_worker(self) -> int:
