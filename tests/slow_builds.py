@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import stand_in
+
 from carft_ray.data import cached_sets
 from carft_ray.launch import worker
 from carft_ray.layout import STOP
@@ -93,6 +95,15 @@ def fill_and_ask_to_stop(recipe, prepared_dir, say):
     """Asks for a stop of the search as another process does, in the middle of a long build."""
     (prepared_dir.parent / STOP).touch()
     time.sleep(1000)
+
+
+def prepare_or_die(recipe, prepared_dir, say):
+    """The first time its process dies."""
+    try:
+        (prepared_dir.parent.parent / "died").touch(exist_ok=False)
+    except FileExistsError:
+        return stand_in.prepare(recipe, prepared_dir, say)
+    return os.kill(os.getpid(), signal.SIGKILL)
 
 
 def prepare_for_ever(recipe, folder, say=None):

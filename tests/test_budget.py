@@ -25,6 +25,8 @@ from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.figure import figure_at_the_end
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.study.holding import stopping
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import trials
 from carft_ray.study.running import started
 
@@ -135,6 +137,18 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_to_its_driver
     for _ in range(2):  # once only
         with searching(study_dir, recipe) as study:
             assert study.gpu_seconds() == pytest.approx(4 * 910, abs=4)
+
+
+def test_a_search_counts_what_a_killed_confirm_has_used(tmp_path):
+    study_dir, recipe = tmp_path / "study", make_recipe(2)
+    with searching(study_dir, recipe):
+        pass
+    with open_study(study_dir, recipe) as study:
+        recover_given(study, {"c1": {"kl_weight": 1.0}})
+        study.log.write(started(study.next(), 900.0, 4.0, 1, "n"))
+    with searching(study_dir, recipe) as study:
+        assert study.gpu_seconds() == pytest.approx(4 * 900, abs=8)
+        assert "confirm" not in study.journal.studies  # it does not continue it
 
 
 @pytest.mark.slow

@@ -458,6 +458,7 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
         removed.append(name)
         del groups[name]
 
+    groups["of the program"] = True  # which has it for itself, and starts a search beside it
     tune = search(leaks=Leaks(lambda: dict(groups), remove))
     groups |= {"g1": True, "g2": True}
     first, second = tune.start(), tune.start()
@@ -479,6 +480,8 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
     tune.die(third)
     tune.look()
     assert "g3" in removed
+    tune.driver.leaks.clear()
+    assert [*groups] == ["of the program"]
 
 
 # searches whose trainings end in any order and way

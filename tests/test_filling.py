@@ -110,6 +110,15 @@ def test_a_preparation_that_is_stopped_leaves_no_task_in_the_ray_of_the_caller(t
 
 @pytest.mark.slow
 @pytest.mark.whole
+def test_a_preparation_whose_process_dies_is_run_once_more(tmp_path, two_nodes):
+    recipe = stand_in.make_recipe(2, resources={"gpus_per_worker": 0})
+    told = searched(recipe, tmp_path, two_nodes, Runner(slow_builds.prepare_or_die, stand_in.train))
+    assert any("the preparation runs once more: WorkerCrashedError" in text for text in told), told
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.whole
 def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(tmp_path, recipe, two_nodes):  # the last to have both
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
     told = searched(recipe, tmp_path, two_nodes, runner)

@@ -15,7 +15,8 @@ from study_steps import searching
 from test_driver import Tune
 
 import cluster
-from carft_ray.errors import ClusterError
+from carft_ray.errors import BudgetError, ClusterError
+from carft_ray.launch import nodes
 from carft_ray.launch.capacity import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.cluster import nodes_now, running_ray
 from carft_ray.launch.command import Plan, run_search
@@ -25,6 +26,7 @@ from carft_ray.launch.nodes import alive_nodes, await_nodes
 from carft_ray.launch.ray_errors import STARTED_LATE
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
+from carft_ray.recipe.schema.recipe import with_keys
 
 REST = "; each node or GPU has too little left"
 OTHERS = ", others use the rest"
@@ -129,6 +131,18 @@ def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused_and_told_how
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
         await_nodes(recipe, (Node(2, 0),), False, None, pytest.fail)
     assert str(caught.value).endswith("resources.wait_for_nodes=10m waits for nodes that are yet to be added.")
+
+
+def test_the_wall_time_ends_a_search_that_waits_for_its_first_node(monkeypatch):
+    monkeypatch.setattr(nodes, "nodes_now", lambda: ())
+    monkeypatch.setattr(nodes.ray.util, "placement_group", lambda bundles, strategy: None)
+    removed = []
+    monkeypatch.setattr(nodes.ray.util, "remove_placement_group", removed.append)
+    study = SimpleNamespace(log=SimpleNamespace(write=lambda record: None), stop=SimpleNamespace(asked=lambda: False))
+    recipe = with_keys(stand_in.make_recipe(), budget={"wall_time": 1e-3})
+    with pytest.raises(BudgetError, match=r"the wall time is used up .*, and there is "):
+        await_nodes(recipe, (), True, study, lambda text: None)
+    assert removed == [None]
 
 
 def test_what_is_not_free_and_not_in_a_group_of_the_job_is_held_by_others():

@@ -68,6 +68,8 @@ def raised_from(error, cause):
         (raised_from(DataError("must be an image"), OSError(errno.ETIMEDOUT, "timed out")), 1),
         (raised_from(ValueError("no"), RuntimeError("CUDA error: an illegal memory access was encountered")), 1),
         (raised_from(StorageError("must be writable"), OSError(errno.ENOSPC, "No space left on device")), None),
+        (RuntimeError("can't start new thread"), 1),
+        (OSError(errno.EMFILE, "Too many open files"), 1),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (AssertionError(), None),
     ],

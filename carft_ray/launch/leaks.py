@@ -43,6 +43,8 @@ class Leaks:
     resources, nothing is removed. A group that has no training at that moment (``launch.group``) is removed, too:
     the next training starts another.
 
+    Groups that the program had when the search began are its own, and stay.
+
     Attributes:
         groups: Lists the groups of the job.
         remove: Removes one.
@@ -51,10 +53,17 @@ class Leaks:
     groups: Callable[[], dict[str, bool]] = groups_of_job
     remove: Callable[[str], None] = remove_group
     _suspects: set[str] = field(default_factory=set)
+    _others: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._others = set(self.groups())
+
+    def _own(self) -> dict[str, bool]:
+        return {name: state for name, state in self.groups().items() if name not in self._others}
 
     def suspect(self) -> None:
         """Notes that the process of an attempt has died."""
-        self._suspects |= set(self.groups())
+        self._suspects |= set(self._own())
 
     def check(self, owned: Sequence[str]) -> int:
         """Removes what is known to be left behind; returns how many groups that were.
@@ -64,7 +73,7 @@ class Leaks:
         """
         if not self._suspects:
             return 0
-        now = self.groups()
+        now = self._own()
         if owned.count("") > sum(not has_resources for has_resources in now.values()):
             return 0
         leaked = {name for name in self._suspects - set(owned) if now.get(name)}
@@ -75,5 +84,5 @@ class Leaks:
 
     def clear(self) -> None:
         """Removes all groups of the trainings, once none of them runs."""
-        for name in self.groups():
+        for name in self._own():
             self.remove(name)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import ray
 
-from carft_ray.errors import ClusterError, Problem
+from carft_ray.errors import BudgetError, ClusterError, Problem
+from carft_ray.launch.budget import used_up
 from carft_ray.launch.capacity import Capacity, Node, capacity_of
 from carft_ray.launch.cluster import HEAD_ONLY, nodes_alive, nodes_now
 from carft_ray.launch.mailbox import Process
@@ -159,6 +160,7 @@ def await_nodes(
 
     Raises:
         ClusterError: No node on which a trial fits comes, or none has come in time, or a stop was asked for.
+        BudgetError: ``budget.wall_time`` has passed.
     """
     limit_s = recipe.resources.wait_for_nodes
     capacity = capacity_of(recipe, nodes, grows or limit_s is not None)
@@ -173,6 +175,8 @@ def await_nodes(
         while not capacity_of(recipe, nodes := nodes_now(), may_grow=True).concurrency:
             if study.stop.asked():
                 raise ClusterError(Problem("search", "was stopped on request"))
+            if ended := used_up(recipe.budget, time.monotonic() - began, 0.0):
+                raise BudgetError(Problem("budget", f"{ended}, and there is {capacity.reason}"))
             if limit_s is not None and time.monotonic() - began >= limit_s:
                 rule = f"after {limit_s:g} s there is {capacity.reason}"
                 raise ClusterError(Problem("resources.wait_for_nodes", rule))

@@ -17,7 +17,7 @@ from carft_ray.launch.capacity import Capacity, num_fitting
 from carft_ray.launch.cluster import nodes_alive
 from carft_ray.launch.mailbox import Box
 from carft_ray.launch.node_files import prepared_at_hand, sees, uses_bucket
-from carft_ray.launch.ray_errors import lost_rank, root_cause
+from carft_ray.launch.ray_errors import is_death, lost_rank, root_cause
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime
 from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.recipe import with_threads
@@ -26,6 +26,7 @@ from carft_ray.words import counted
 
 FILLING, PREPARING = "filling", "preparing"  # what is said in the mailbox, under these names, is what is done
 MOST_NAMED = 3  # nodes in a line
+ATTEMPTS = 5  # at the preparation, where the process or its node has died
 WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then gets a note
 WAITS = "the preparation waits for a node: is the cluster full? See `ray status`"
 
@@ -210,14 +211,23 @@ def run_prepare(
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
     )(_prepare)
+    attempt = 0
     try:
         fill_nodes(runtime, say, asked)
-        pending = task.remote(runtime)
-        with _cancelling([pending]):
-            for ended in _rounds(runtime, [pending], PREPARING, say, asked, WAITS):
-                if ended:
+        while True:
+            attempt += 1
+            pending = task.remote(runtime)
+            with _cancelling([pending]):
+                for ended in _rounds(runtime, [pending], PREPARING, say, asked, WAITS):
+                    if ended:
+                        break
+                try:
+                    metrics: dict[str, Any] = ray.get(pending)
                     break
-            metrics: dict[str, Any] = ray.get(pending)
+                except ray.exceptions.RayError as error:
+                    if not is_death(error) or attempt == ATTEMPTS:
+                        raise
+                    say(f"the preparation runs once more: {root_cause(error)}")
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
         if isinstance(cause, CarftError):

@@ -8,6 +8,7 @@ their collective library makes of it. None of these, nor a network disk that has
 full disk or a missing permission is no failure of a machine.
 """
 
+import errno
 import re
 import traceback
 from collections import Counter
@@ -48,6 +49,8 @@ STARTED_LATE = "worker group startup timed out"  # what Ray Train says when its 
 STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size need less"
 DIED = re.compile(r"Worker exit detail: (.+?)(?: There are some potential root causes| Some common causes|$)")
 UNKNOWN = -1
+NO_THREAD = "can't start new thread"  # a limit on processes is reached
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # what a machine has no more of
 
 # by name: the driver, which imports this, holds no torch. Of torch.distributed, and of Ray
 TYPES = {
@@ -181,7 +184,9 @@ def lost_rank(error: BaseException, context: RunContext) -> int | None:
     for each in _chain(error):
         if isinstance(each, MachineError):
             return UNKNOWN if each.rank is None else each.rank
-        if isinstance(each, OSError) and each.errno in MACHINE_ERRNOS:
+        if isinstance(each, OSError) and each.errno in (*MACHINE_ERRNOS, *EXHAUSTED):
+            return context.rank
+        if isinstance(each, RuntimeError) and NO_THREAD in str(each):
             return context.rank
         if is_death(each):
             return UNKNOWN

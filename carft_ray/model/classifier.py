@@ -97,8 +97,8 @@ class ImageClassifier(nn.Module):
         super().train(mode)
         for module in self.visual.modules():
             # without dropout, attention computes the same in both modes, but in eval mode of frozen layers by another
-            # path, with other last bits; and some of timm's keep in eval mode what they have made of other weights: some
-            # releases forget it only in training mode, in which these modules do nothing else
+            # path, with other last bits; some of timm's keep in eval mode what they have made of other weights, which some
+            # releases forget only in training mode; these modules do nothing else in it
             plain = isinstance(module, nn.MultiheadAttention) and module.dropout == 0
             module.training = (mode and plain) or hasattr(module, "attention_bias_cache")
         return self

@@ -16,6 +16,11 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+def has_lost_gpu() -> bool:
+    """Tells whether a torch that was built for CUDA finds no GPU in this process."""
+    return torch.version.cuda is not None and not torch.cuda.is_available()
+
+
 def set_up(recipe: Recipe) -> None:
     """Has this process compute as the recipe says, whatever it computed before.
 

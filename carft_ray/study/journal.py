@@ -73,6 +73,10 @@ class Journal:
             if rule is not None and attr.FRONT not in study.user_attrs:
                 study.set_user_attr(attr.FRONT, asdict(rule))
 
+    def has(self, kind: Kind) -> bool:
+        """Tells whether the log has the Optuna study of a kind."""
+        return STUDY_NAMES[kind] in optuna.get_all_study_names(self._storage)
+
     def numbers(self, kind: Kind) -> dict[str, int]:
         """Returns the numbers of the baselines (or trainings of the confirm) by name."""
         return {trial.user_attrs[attr.NAME]: trial.number for trial in self.studies[kind].get_trials(deepcopy=False)}
