@@ -247,6 +247,16 @@ def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(
     assert run().data.metrics == {"training/step": 3, "training/loss": 0.5, "objective": 0.5, "alpha": 0.4}
 
 
+def test_a_copy_of_a_study_has_runs_of_its_own(here, tmp_path):
+    """Else its search would remove those of the original, whose trainings have the same names."""
+    recipe, groups = load_recipe(here / "recipe.yaml"), []
+    for name, more in (("original", {}), ("moved", {}), ("copy", {"copied_from": "s3://bucket/original"})):
+        files.write_json(tmp_path / name / "manifest.json", {"format_version": 2, "id": "0123456789ab", **more})
+        groups.append(module._Client(recipe, tmp_path / name).group)
+    assert groups[0] == groups[1] == f"{recipe.name}-0123456789ab"
+    assert groups[2].startswith(f"{groups[0]}-")
+
+
 # notices: a real server gets them
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

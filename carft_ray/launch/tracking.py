@@ -12,6 +12,7 @@ A run begins with the first epoch that is seen. A training that is sent again, a
 its run.
 """
 
+import hashlib
 import importlib.util
 import os
 import time
@@ -25,6 +26,7 @@ from carft_ray.launch.events import BaselineFinished, Event, TrialEpoch, TrialFi
 from carft_ray.launch.outbox import Receiver
 from carft_ray.layout import METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.place import COPIED_FROM
 from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.training import result_of
 
@@ -70,7 +72,10 @@ class _Client:
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
         self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
         self.runs, self.steps = dict[str, Any](), Numbers()
-        self.study_id: str = read_manifest(study_dir)["id"]
+        manifest = read_manifest(study_dir)
+        self.study_id: str = manifest["id"]
+        if COPIED_FROM in manifest:  # a copy has the id of its original, whose runs stay what they are
+            self.study_id += f"-{hashlib.blake2b(str(study_dir).encode(), digest_size=4).hexdigest()}"
         self.group = f"{recipe.name}-{self.study_id}"
         self.folder.mkdir(exist_ok=True)
 

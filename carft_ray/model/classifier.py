@@ -97,8 +97,8 @@ class ImageClassifier(nn.Module):
         super().train(mode)
         for module in self.visual.modules():
             # without dropout, attention computes the same in both modes, but in eval mode of frozen layers by another
-            # path, with other last bits; some of timm's keep in eval mode what they have made of other weights, which some
-            # releases forget only in training mode; these modules do nothing else in it
+            # path, with other last bits. Some of timm's keep in eval mode what they have made of other weights, and in
+            # some releases forget it only in training mode, in which these modules do nothing else
             plain = isinstance(module, nn.MultiheadAttention) and module.dropout == 0
             module.training = (mode and plain) or hasattr(module, "attention_bias_cache")
         return self
