@@ -118,7 +118,7 @@ NUMBERS = [  # which the tests above make small
     ("resume", f"a node on which {WORDS[nodes.FAILURES]} attempts in a row were lost, and does not use it for "),
     ("resume", f"does not use it for {WORDS[nodes.LEFT_OUT_S / 60]} minutes;"),
     ("resume", f"in {WORDS[giving_up.WAVES_TO_GIVE_UP]} waves ({WORDS[giving_up.FAILURES_TO_GIVE_UP]} at least)"),
-    ("clusters", f"does not answer for less than {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
+    ("clusters", f"does not answer for up to {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
     ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
     ("clusters", f"in pieces of {file_transfer.PIECE_BYTES // 2**20} MiB"),
     ("clusters", f"files of a killed process after {WORDS[node_files.KEPT_FOR_S]}."),

@@ -232,7 +232,7 @@ def confirm(
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
     view = study_view.read_study(own_folder(study))
     if view.holder is not None:
-        step = f"Wait until it ends, or end it: carft-ray stop {study}"
+        step = f"Wait until it ends, or end it: carft-ray stop {shlex.quote(str(study))}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(path) for path in several(against)]
     words = override_words(overrides)

@@ -84,9 +84,12 @@ def doctor(
             raise typer.Exit(error.exit_code)
         raise error([*found.errors, *broken])
     if not json_:
+        from carft_ray.recipe.loading import own_functions
+
         begin = common.begin_line(value, recipe, set=set_, address=address)
         plan = common.command_line("plan", recipe, set=set_, address=address)
-        console.next_step(*([plan] if begin.startswith("carft-ray search") else []), begin)
+        has_plan = begin.startswith("carft-ray search") and not own_functions(value)
+        console.next_step(*([plan] if has_plan else []), begin)
 
 
 def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:

@@ -9,12 +9,13 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Option
 
-from carft_ray import __version__, environment
+from carft_ray import __version__, environment, files
 from carft_ray.cli.common import DebugOption
 from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.ui import console
@@ -114,6 +115,8 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             rule = "is too long: each name in a path has at most 255 bytes"
             error = UsageError(Problem(f"{str(error.filename)[:60]}...", rule))
+        elif isinstance(error, PermissionError) and error.filename:
+            error = files.storage_error(Path(str(error.filename)), error, "must be readable")
         elif not isinstance(error, CarftError):
             value = f"{type(error).__name__}: {error}".removesuffix(": ")
             step = "Please report it. With --debug, the command shows where it happens."

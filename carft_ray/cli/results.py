@@ -230,6 +230,9 @@ def reproduce(
     if lines := change_lines(found):
         console.say("They are the same although the code or the machine has changed:")
         console.say("\n".join(f"  {line}" for line in lines))
+    if finished.is_zero_shot:
+        console.next_step(common.command_line("ls", folder))
+        return
     compare = common.command_line("compare", f"{folder}:{finished.name}", out or f"{folder}:zero_shot")
     console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))
 

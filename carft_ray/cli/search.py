@@ -68,7 +68,7 @@ def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None
         console.say(f"Results: {found.path}; figure: {summary['figure']}")
         if found.out_of_budget:
             console.say("\n" + summary["budget"]["line"])
-    if json_ or not found.out_of_budget:
+    if not found.out_of_budget:
         found.check()
     if not json_:
         logs = found.path if is_address(study) else study

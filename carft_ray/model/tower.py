@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +24,9 @@ from carft_ray.errors import Problem, RecipeError
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.lora import add_corrections, matrices
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.search import CategoricalParameter
+from carft_ray.recipe.schema.search import CategoricalParameter, Parameter
 from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.recipe.space import is_active
 
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "grad_checkpointing", "head_lr_factor")
@@ -215,6 +216,12 @@ def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
     return list(problems)
 
 
+def _may_be_active(parameter: Parameter, values: Mapping[str, Any]) -> bool:
+    """Tells whether a parameter may be drawn beside values of others; else a trial has the recipe's value of it."""
+    known = {name: allowed for name, allowed in parameter.when.items() if name in values}
+    return is_active(parameter.model_copy(update={"when": known}), values)
+
+
 def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields values over ``train`` that trainings of the recipe may have, with their key path."""
     searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
@@ -224,6 +231,9 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
         values = [*parameter.choices] if is_choice else [parameter.low, parameter.high]  # type: ignore[union-attr]
         ends.append([*values, getattr(recipe.train, name)] if parameter.when else values)
     for chosen in itertools.product(*ends):
-        yield dict(zip(searched, chosen, strict=True)), "search.space"
+        trial = dict(zip(searched, chosen, strict=True))
+        own = {name: value == getattr(recipe.train, name) for name, value in trial.items()}
+        if all(own[name] or _may_be_active(parameter, trial) for name, parameter in searched.items()):
+            yield trial, "search.space"
     for name, given in recipe.search.baselines.items():
         yield {key: value for key, value in given.items() if key in TOWER_FIELDS}, f"search.baselines.{name}"

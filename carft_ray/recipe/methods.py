@@ -78,5 +78,7 @@ def with_method(value: Any, name: str, overrides: Sequence[str] = ()) -> Any:
     ranges = {key: space.get(key, one) for key, one in method.searched.items()}
     search = search | {"space": {key: one for key, one in space.items() if key not in OWN} | ranges}
     if baselines:
-        search["baselines"] = {key: kept | one if isinstance(one, dict) else one for key, one in baselines.items()}
+        search["baselines"] = {
+            key: kept | (one or {}) if isinstance(one, dict | None) else one for key, one in baselines.items()
+        }
     return value | {"train": train | after, "search": search}

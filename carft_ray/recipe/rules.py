@@ -37,6 +37,7 @@ OF_PENALTIES = ("penalty_schedule", "teacher")  # without effect if nothing in `
 LARGEST_POPULATION = 50  # Optuna's default
 # what a sampler does with conditional parameters; all of them learn nothing from a pruned trial
 UNLEARNED = {"gp": "not modelled", "nsga2": "not inherited"}
+LEARNS_FROM_OTHERS = ("tpe", "gp")
 FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final one (measured rank correlations .1 to .7)
 
 
@@ -288,6 +289,11 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if sampler.name in UNLEARNED and any(parameter.when for parameter in search.space.values()):
         why = f"conditional parameters are drawn at random, {UNLEARNED[sampler.name]}"
         yield "search.sampler.name", f"{sampler.name} with conditional parameters: {why}"
+    if search.warm_start and sampler.name not in LEARNS_FROM_OTHERS:
+        yield (
+            "search.warm_start",
+            f"has no effect with {sampler.name}: of the samplers, tpe and gp learn from it",
+        )
     if isinstance(sampler, QmcSampler) and not sampler.scramble and sampler.seed:
         yield "search.sampler.seed", "has no effect: the sequence is not scrambled"
     if sampler.name == "nsga2" and search.trials <= population_size(recipe):

@@ -217,7 +217,7 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
         return []
     if not reads:
         again = AGAIN if inherited_reads(view.study_dir) else ""
-        return [f"test {folder}{again}    # opens the test sets; each read is recorded"]
+        return [f"test {folder}{again}"]
     if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and continues
         return [f"test {folder}"]
     return []

@@ -28,7 +28,7 @@ from carft_ray.data.formats.folder import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import COMMITS, MANIFEST, RESOLVED
 from carft_ray.recipe import loading
-from carft_ray.recipe.loading import recipe_of
+from carft_ray.recipe.loading import recipe_of, trust_word
 from carft_ray.recipe.schema.data import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.schema.fields import Class, field_of, resume_of
 from carft_ray.recipe.schema.model import is_weights_path
@@ -118,7 +118,7 @@ def compare(
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = f"Continue with {study_dir / RESOLVED}, or give another folder."
         if not refused:
-            command = f"carft-ray search RECIPE --study {named(study_dir)} --change-space"
+            command = f"carft-ray search RECIPE --study {shlex.quote(named(study_dir))} --change-space"
             change = f"To change the search space, give --change-space in this command or use: {command}."
             step = f"{change}\n    Trials inside the new space still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
@@ -213,11 +213,11 @@ def resume_command(study_dir: Path) -> str:
     Raises:
         StorageError: As ``study_recipe``.
     """
-    folder = shlex.quote(named(study_dir))
-    if not study_recipe(study_dir).search.space:
+    folder, recipe = shlex.quote(named(study_dir)), study_recipe(study_dir)
+    if not recipe.search.space:
         here = shlex.quote(str(study_dir))  # a recipe is a file, where the study is in a bucket, too
-        return f"carft-ray train {here}/{RESOLVED} --out {folder} --resume"
-    return f"carft-ray resume {folder}"
+        return f"carft-ray train {here}/{RESOLVED} --out {folder} --resume{trust_word(recipe)}"
+    return f"carft-ray resume {folder}{trust_word(recipe)}"
 
 
 def _differences(old: Any, new: Any, path: KeyPath = ()) -> Iterator[Difference]:

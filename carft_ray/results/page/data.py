@@ -87,6 +87,7 @@ def page_document(view: Overview) -> dict[str, Any]:
         "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
         "methods": dict(Counter(methods[row.name] for row in view.trials if row.outcome != "running")),
         "method_of": methods,
+        "standing": {row.name: row.standing for row in view.trials if row.standing},
         "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view),

@@ -119,7 +119,7 @@
 
   // filters
   const results = trials.filter((trial) => trial.objective != null);
-  const ranked = [...results].sort((a, b) => a.violation - b.violation || b.objective - a.objective);
+  const ranked = [...results].sort((a, b) => a.violation - b.violation || (doc.standing[b.name] ?? 0) - (doc.standing[a.name] ?? 0) || b.objective - a.objective);
   const place = new Map(ranked.map((trial, i) => [trial.name, i]));
   const outcomes = [...new Set(trials.map((trial) => trial.outcome))];
   const passes = (trial) =>

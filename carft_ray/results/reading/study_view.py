@@ -1,5 +1,6 @@
 """A study as commands read it, and the log of one training: nothing is claimed, nothing written, no torch loaded."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +158,12 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
 
 def studies_in(folder: Path) -> list[Path]:
     """Returns the studies directly in a folder, by name."""
-    return sorted(path for path in folder.iterdir() if is_study(path)) if folder.is_dir() else []
+    found = []
+    with contextlib.suppress(PermissionError):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            with contextlib.suppress(PermissionError):  # a folder of another user
+                found += [path] if is_study(path) else []
+    return found
 
 
 def require_study(place: Place, rule: str = "must be a study", need: int = IMAGES) -> Path:

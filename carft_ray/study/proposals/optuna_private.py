@@ -35,7 +35,10 @@ def frozen_trial(trial: optuna.trial.Trial) -> FrozenTrial:
 def is_within(distribution: BaseDistribution, value: float) -> bool:
     """Tells whether a distribution can give this value."""
     contains = private_name("optuna", "BaseDistribution._contains", lambda: distribution._contains)
-    return bool(contains(distribution.to_internal_repr(value)))
+    try:
+        return bool(contains(distribution.to_internal_repr(value)))
+    except ValueError:  # of choices it is none
+        return False
 
 
 def on_one_thread() -> AbstractContextManager[None]:

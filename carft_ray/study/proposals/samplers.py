@@ -10,6 +10,7 @@ draws in the study, and a kill would skip one. The grid fails on trials of anoth
 import json
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ class _Grid(BruteForceSampler):
 
     def __init__(self, space: Mapping[str, Parameter], seed: int) -> None:
         super().__init__(seed=seed)
-        self._space = {name: distribution(parameter) for name, parameter in space.items()}
+        self._space = {name: distribution(parameter) for name, parameter in in_order(space).items()}
 
     # a static method there, which could not know the space
     def _populate_tree(  # type: ignore[override]
@@ -128,6 +129,9 @@ class _Grid(BruteForceSampler):
             for trial in trials
             if trial.params and is_training(trial) and trial.distributions.items() <= self._space.items()
         ]
+        for number, trial in enumerate(fit):  # Optuna's tree wants one order, which a recipe may have changed
+            fit[number] = copy(trial)
+            fit[number].distributions = {name: one for name, one in self._space.items() if name in trial.distributions}
         super()._populate_tree(tree, fit, params)
 
 
@@ -147,7 +151,12 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
     A point is entered with its trial, in one write: once, however often the search is killed.
     """
     entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
-    waiting = [point for point in recipe.search.enqueue if point not in entered]
+    waiting = []
+    for point in recipe.search.enqueue:  # equal ones are tried as often as they are written
+        if point in entered:
+            entered.remove(point)
+        else:
+            waiting.append(point)
     if not waiting:
         return study.ask()
     fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
