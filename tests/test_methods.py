@@ -1,5 +1,8 @@
 """Methods by name: each sets its own keys, and nothing else of a recipe."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from carft_ray.api.checks import load_recipe
@@ -34,6 +37,13 @@ def test_the_recipes_own_range_and_value_of_a_weight_are_kept():
     assert load_recipe(RECIPE, ["method=all_terms"]).search.space["kl_weight"] == recipe.search.space["kl_weight"]
     average = load_recipe(RECIPE, {"method": "car_ft_average", "train.epochs": 3}).train
     assert (average.kl_weight, average.teacher, average.epochs) == (recipe.train.kl_weight, "average", 3)
+
+
+def test_a_baseline_that_is_written_as_nothing_keeps_the_values_of_the_recipe(tmp_path):
+    written = re.sub(r"(?m)^    car_ft: .*$", "    car_ft:", Path(RECIPE).read_text())
+    (tmp_path / "recipe.yaml").write_text(written)
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["method=feature_kd"])
+    assert apply(recipe, recipe.search.baselines["car_ft"]).train == load_recipe(RECIPE).train
 
 
 @pytest.mark.parametrize("key", ["train.kl_weight=3", "search.space.l2_sp_weight={low: 1, high: 2}"])

@@ -21,10 +21,11 @@ from carft_ray.recipe import rules
 from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.rules import population_size
 from carft_ray.recipe.schema.fields import members
-from carft_ray.recipe.schema.search import AnySampler
+from carft_ray.recipe.schema.search import AnySampler, CategoricalParameter
 from carft_ray.recipe.space import contains, grid_index, grid_size, num_trials
 from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals import samplers
+from carft_ray.study.proposals.optuna_private import is_within
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import trials
 
@@ -313,6 +314,27 @@ def test_the_grid_passes_over_trials_without_values_and_those_of_another_space()
     assert len({json.dumps(values) for values in drawn}) == len(drawn) == 6
 
 
+def test_the_grid_does_not_depend_on_the_order_in_which_the_space_is_written():
+    parameters = {**CHOICE, "epochs": {"low": 1, "high": 3}}
+    study, drawn = new_study(), []
+    for space, wanted in ((parameters, 3), (dict(reversed(parameters.items())), 99)):
+        recipe = make_recipe(99, space=space, baselines={}, sampler={"name": "grid"})
+        drawn += told(study, recipe, lambda values: {"value": 0.0}, wanted=wanted)
+    assert len({json.dumps(values, sort_keys=True) for values in drawn}) == len(drawn) == 6
+
+
+def test_of_choices_another_value_is_none():
+    assert is_within(distribution(CategoricalParameter(choices=[0.25, 1])), 1.0)
+    assert not is_within(distribution(CategoricalParameter(choices=[0.25, 1])), 0.2)
+
+
+def test_a_warm_start_that_a_sampler_does_not_use_is_told():
+    for name in ("tpe", "gp", "nsga2", "qmc", "random"):
+        recipe = recipe_for(name, warm_start=["/studies/other"])
+        told = any("search.warm_start has no effect" in line for line in rules.warnings(recipe))
+        assert told == (name not in ("tpe", "gp"))
+
+
 def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_sequence():
     recipe = recipe_for("qmc", sampler={"seed": 3})
     alone = told(new_study(), recipe, lambda values: {"value": 0.0}, wanted=6)
@@ -323,14 +345,14 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 
 
 def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
-    entries = [{"kl_weight": 2.0}, {"kl_weight": 3.0}]
+    entries = [{"kl_weight": 2.0}, {"kl_weight": 2.0}]  # with another learning rate each
     recipes = [
         make_recipe(6, space=NUMBERS, baselines={}, enqueue=each) for each in (entries, [{"kl_weight": 1.0}, *entries])
     ]
     study, drawn = new_study(), []
     for recipe, wanted in zip(recipes, (3, 2), strict=True):
         drawn += told(study, recipe, lambda values: {"value": 0.0}, wanted=wanted)
-    assert [values["kl_weight"] for values in drawn][:2] == [2.0, 3.0]
+    assert [values["kl_weight"] for values in drawn][:2] == [2.0, 2.0]
     assert drawn[3]["kl_weight"] == 1.0
     assert len([trial for trial in study.trials if POINT in trial.user_attrs]) == 3
 

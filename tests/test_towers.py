@@ -377,6 +377,10 @@ def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_wo
         "search.baselines.deep.freeze_layers: must be at most 4, the number of layers of the image tower, but got 9",
     ]
     assert not recipe_problems(visual, make_recipe(2, space={"freeze_layers": {"low": 0, "high": 4}}))
+    apart = {**space, "freeze_layers": {"low": 0, "high": 4, "when": {"lora_rank": None}}}
+    assert [str(problem) for problem in recipe_problems(visual, make_recipe(2, space=apart))] == [
+        "search.space.lora_rank: must be at most 32, the smallest side of a matrix, but got 64"
+    ]
 
 
 # name -> number of layers: stem, blocks, and what stands after them
