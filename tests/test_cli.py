@@ -18,6 +18,7 @@ from carft_ray.cli import program
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.study.opening import open_study
+from carft_ray.ui import console
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +247,12 @@ def test_help_shows_what_a_command_does_its_options_and_an_example_that_parses_a
         options = {option for parameter in command.params for option in parameter.opts}
         without = {"--json"} if words[0] in ("dashboard", "schema") else set()  # pages; JSON alone
         assert {"--debug", "--json"} - without <= options, words
+
+
+def test_what_is_printed_beside_a_document_goes_to_standard_error(capsys):
+    for asked in (True, False):
+        with console.only_json(asked):
+            print("epoch 1")  # by a trainer of the user's own
+            console.print_json({"objective": 0.5}, asked)
+        out, err = capsys.readouterr()
+        assert (json.loads(out), err) == ({"objective": 0.5}, "epoch 1\n") if asked else (out, err) == ("epoch 1\n", "")

@@ -57,7 +57,10 @@ def command(
         def run(*, debug: bool, **given: Any) -> None:
             from carft_ray.api import checks
 
-            with contextlib.nullcontext() if reads else checks.command():
+            with (
+                contextlib.nullcontext() if reads else checks.command(),
+                console.only_json(bool(given.get("json_"))),
+            ):
                 function(**given)
 
         signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY

@@ -3,12 +3,13 @@
 Texts of data are no markup here, and what steers a terminal is written out (``plain``).
 """
 
+import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -26,6 +27,7 @@ _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_documents: list[TextIO] = []  # where ``print_json`` writes in ``only_json``
 
 
 def plain(text: str, style: str = "") -> Text:
@@ -76,10 +78,28 @@ def next_step(*commands: str) -> None:
         say(f"  {command}")
 
 
+@contextlib.contextmanager
+def only_json(asked: bool) -> Iterator[None]:
+    """In the block, standard output has only what ``print_json`` writes, if that is asked for.
+
+    What a user's own trainer prints goes to standard error.
+    """
+    if not asked:
+        yield
+        return
+    _documents.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _documents.pop()
+
+
 def print_json(value: Any, asked: bool = True) -> bool:
     """Prints one JSON document to standard output where it is asked for; returns whether it is."""
     if asked:
-        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        stream = _documents[-1] if _documents else sys.stdout
+        stream.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
     return asked
 
 
