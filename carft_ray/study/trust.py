@@ -13,11 +13,12 @@ import json
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.data.cache import key_of, user_cache_dir
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import MANIFEST
@@ -129,7 +130,8 @@ def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> 
     if address is None or not strange:
         return
     rule = f"must be inside {address}, a study that this machine has not written"
-    fitted = command.replace("{}", shlex.quote(address), 1)
+    # of the program it is the command with all its options, of a function of Python what does the same
+    fitted = shlex.join(sys.argv[1:]) if environment.is_program else command.replace("{}", shlex.quote(address), 1)
     step = f"If you trust this study to name these files: carft-ray {fitted} {OPTION}"
     steps = [""] * (len(strange) - 1) + [step]
     raise UsageError(
