@@ -119,7 +119,7 @@ def main() -> None:
             rule = "is too long: each name in a path has at most 255 bytes"
             error = UsageError(Problem(f"{str(error.filename)[:60]}...", rule))
         elif isinstance(error, PermissionError) and error.filename:
-            error = files.storage_error(Path(str(error.filename)), error, "must be readable")
+            error = files.storage_error(Path(str(error.filename)), error, "must be accessible to this user")
         elif not isinstance(error, CarftError):
             value = f"{type(error).__name__}: {error}".removesuffix(": ")
             step = "Please report it. With --debug, the command shows where it happens."
