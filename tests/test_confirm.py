@@ -112,6 +112,24 @@ def test_what_goes_on_with_a_comparison_has_its_options(view):
     second = confirmation.second_stage(first, name_of(view, 2), view.recipe)
     assert options(first, second) == "--top 2 --seeds 2 --winner confirmed --no-ablation"
     assert options(first, second, "t0009") == "--top 2 --seeds 2 --no-ablation"  # a better trial begins anew
+    short_sealed.confirm(view.study_dir, {**first.trainings(), **second.trainings()}, stand_in.train)
+
+    def without(*names):
+        rows = [row for row in read_study(view.study_dir).confirmations if not row.name.startswith(names)]
+        failed = [replace(row, outcome="diverged") for row in read_study(view.study_dir).confirmations]
+        return [*rows, *(row for row in failed if row.name.startswith(names))]
+
+    chosen, other = second.rows[0].training, first.rows[0].training
+    seeds = tuple(f"{chosen}-seed{seed}" for seed in second.seeds)
+    found = [without(*seeds), without(*seeds, other), without(chosen, other)]
+    assert [confirmation.options_to_go_on(first, second, view.recipe, rows, first.winner) for rows in found] == [
+        "--top 2 --seeds 2 --no-ablation",
+        None,
+        None,
+    ]
+    assert confirmation.options_to_go_on(first, None, view.recipe, without(other), first.winner) == (
+        "--top 2 --seeds 2 --winner confirmed --no-ablation"
+    )
 
 
 def test_a_comparison_of_the_best_of_different_numbers_of_trainings_says_so():

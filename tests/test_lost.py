@@ -15,6 +15,7 @@ import signal
 import socket
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import attempts
 import killed_searches as searches
@@ -31,7 +32,8 @@ import cluster
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
 from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.worker import _require_gpu, run_worker
+from carft_ray.model import device
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
@@ -377,3 +379,22 @@ def test_options_that_save_memory_or_time_change_no_number_in_any_combination(tm
 def test_two_ranks_train_with_a_tower_that_is_built_by_a_compiler_and_checkpointed(tmp_path):
     values = {"compile": True, "grad_checkpointing": True, "micro_batch": 2}
     assert gloo(train_twice, tmp_path, [("built", values, 2)], "inductor") == [0, 0]
+
+
+def test_a_process_with_a_gpu_of_ray_that_torch_does_not_find_is_a_failure_of_its_machine(monkeypatch):
+    def of(gpus, in_process=False):
+        resources = SimpleNamespace(gpus_per_worker=gpus)
+        return SimpleNamespace(recipe=SimpleNamespace(resources=resources), in_process=in_process)
+
+    monkeypatch.setattr(device, "has_lost_gpu", lambda: True)
+    with pytest.raises(MachineError, match="Ray has given this process a GPU, but torch finds none") as caught:
+        _require_gpu(of(0.5), RunContext(rank=1, world_size=2))
+    assert caught.value.rank == 1
+    for free in (of(0), of(1, in_process=True)):
+        _require_gpu(free, RunContext())
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not device.has_lost_gpu()  # a build for the CPU, which may have been meant
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.has_lost_gpu()

@@ -25,7 +25,7 @@ from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.find import SharedRow, digests_of_tests
 from carft_ray.data.copies.shared_images import shared_of_study, write_shared
-from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
+from carft_ray.errors import BudgetError, CarftError, DivergedError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch import events
 from carft_ray.launch.budget import nothing_within_budget, used_up
 from carft_ray.launch.capacity import Node, crowding
@@ -172,10 +172,14 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
         zero_shot: dict[str, Any] = {}
         with plan.around(study, num_before):
             if not ended and (plan.alone or not study.done()):
-                with computing(plan, study, interrupted, lambda text: on_event(Preparing(text))) as runtime:
-                    zero_shot, runtime = _prepare_all(plan, study, runtime, trainings, on_event)
-                    if not study.done():
-                        ended = run_trainings(study, runtime, on_event, began if proposes else None)
+                since = began if proposes else None
+                try:
+                    with computing(plan, study, interrupted, lambda text: on_event(Preparing(text)), since) as runtime:
+                        zero_shot, runtime = _prepare_all(plan, study, runtime, trainings, on_event)
+                        if not study.done():
+                            ended = run_trainings(study, runtime, on_event, since)
+                except BudgetError as error:  # it has waited for nodes until then
+                    ended = str(error)
             if ended == STOPPED:
                 raise interrupted()
             elapsed_s = time.monotonic() - began
@@ -223,7 +227,13 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
 
 
 @contextlib.contextmanager
-def computing(plan: Plan, study: Study, interrupted: Callable[[], InterruptedRunError], say: Say) -> Iterator[Runtime]:
+def computing(
+    plan: Plan,
+    study: Study,
+    interrupted: Callable[[], InterruptedRunError],
+    say: Say,
+    since: float | None = None,
+) -> Iterator[Runtime]:
     """Compares the images of the roles, then starts Ray, or attaches to one, for as long as the block lasts.
 
     Args:
@@ -231,9 +241,11 @@ def computing(plan: Plan, study: Study, interrupted: Callable[[], InterruptedRun
         study: The study.
         interrupted: Returns what a signal becomes.
         say: Told what is being done.
+        since: When the budget's wall time began; None: it does not count.
 
     Raises:
         InterruptedRunError: A signal came.
+        BudgetError: The wall time has passed before a node came.
         HoldOutError: Two roles share images.
         ClusterError: There is no Ray, or a training does not fit.
     """
@@ -249,7 +261,7 @@ def computing(plan: Plan, study: Study, interrupted: Callable[[], InterruptedRun
             attached = address is not None and not plan.in_process
             grows = attached and may_grow()
             if attached:
-                nodes = await_nodes(recipe, nodes, grows, study, say)
+                nodes = await_nodes(recipe, nodes, grows, study, say, since)
             runtime = make_runtime(recipe, folder, nodes, plan.runner, grows)
             if slow := crowding(recipe, runtime.capacity, nodes):
                 logger.warning("%s", slow)

@@ -144,7 +144,12 @@ def present_capacity(recipe: Recipe, grows: bool, without: Collection[str] = ())
 
 
 def await_nodes(
-    recipe: Recipe, nodes: tuple[Node, ...], grows: bool, study: Study, say: Callable[[str], None]
+    recipe: Recipe,
+    nodes: tuple[Node, ...],
+    grows: bool,
+    study: Study,
+    say: Callable[[str], None],
+    since: float | None = None,
 ) -> tuple[Node, ...]:
     """Waits for the first nodes on which a trial fits; meanwhile a placement group asks Ray for them.
 
@@ -154,6 +159,7 @@ def await_nodes(
         grows: ``may_grow`` of ``capacity_of``.
         study: The open study.
         say: Told what is awaited.
+        since: When the budget's wall time began; None: it does not count.
 
     Returns:
         The nodes then.
@@ -175,8 +181,8 @@ def await_nodes(
         while not capacity_of(recipe, nodes := nodes_now(), may_grow=True).concurrency:
             if study.stop.asked():
                 raise ClusterError(Problem("search", "was stopped on request"))
-            if ended := used_up(recipe.budget, time.monotonic() - began, 0.0):
-                raise BudgetError(Problem("budget", f"{ended}, and there is {capacity.reason}"))
+            if since is not None and (ended := used_up(recipe.budget, time.monotonic() - since, 0.0)):
+                raise BudgetError(ended)
             if limit_s is not None and time.monotonic() - began >= limit_s:
                 rule = f"after {limit_s:g} s there is {capacity.reason}"
                 raise ClusterError(Problem("resources.wait_for_nodes", rule))

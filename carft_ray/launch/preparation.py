@@ -228,6 +228,7 @@ def run_prepare(
                     if not is_death(error) or attempt == ATTEMPTS:
                         raise
                     say(f"the preparation runs once more: {root_cause(error)}")
+                    _say(runtime.mailbox, PREPARING, "", "")  # not what the dead one has said
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
         if isinstance(cause, CarftError):

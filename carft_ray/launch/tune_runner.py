@@ -7,6 +7,7 @@ A training is stopped by an order that rank 0 reads from the mailbox; so nothing
 leaks placement groups. A training writes its results into its folder before it ends; Ray carries none.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -56,6 +57,9 @@ def run_with_tune(driver: Driver, runtime: Runtime) -> None:
             driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
         driver.failure = driver.failure or (error if isinstance(error, CarftError) else _ray_error(error))
+        with contextlib.suppress(Exception):  # Ray may be gone
+            if driver.leaks:
+                driver.leaks.clear()
     finally:
         shutil.rmtree(ray_files, ignore_errors=True)
 

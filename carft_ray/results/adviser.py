@@ -132,8 +132,9 @@ def winner_of_confirm(view: Overview) -> str | None:
     from carft_ray.results.stored import read_compared  # loads pyarrow
 
     with contextlib.suppress(CarftError, KeyError, TypeError):
-        found = read_compared(view.study_dir, CONFIRM) or {}
-        return str(found["winner"]) if found.get("chosen_by") == "confirm" else None
+        found, plan = read_compared(view.study_dir, CONFIRM) or {}, read_plan(view.study_dir)
+        is_of_now = plan is not None and view.best is not None and plan[0].winner == view.best.name
+        return str(found["winner"]) if is_of_now and found.get("chosen_by") == "confirm" else None
     return None
 
 

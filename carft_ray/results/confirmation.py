@@ -310,7 +310,9 @@ def options_to_go_on(
     has_ended = {row.name for row in rows if row.outcome != "running"} >= last.trainings().keys()
     has_failed = is_same and has_ended and "winner" not in whole
     if has_failed and "candidate" not in whole:
-        return None
+        if second is None or all(row.role != "winner" for row, _ in whole_rows(first, rows)):
+            return None
+        second, has_failed = None, False  # the search's own winner has all its seeds
     words = f"--top {sum(row.role in TRIALS for row in first.rows)} --seeds {len(first.seeds)}"
     words += " --winner confirmed" if has_failed or (is_same and second is not None) else ""
     has_ablation = any(row.role == "ablation" for row in first.rows)

@@ -130,8 +130,8 @@ def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> 
     if address is None or not strange:
         return
     rule = f"must be inside {address}, a study that this machine has not written"
-    # of the program it is the command with all its options, of a function of Python what does the same
-    fitted = shlex.join(sys.argv[1:]) if environment.is_program else command.replace("{}", shlex.quote(address), 1)
+    is_this = environment.is_program and sys.argv[1:2] == command.split()[:1]  # with all its options
+    fitted = shlex.join(sys.argv[1:]) if is_this else command.replace("{}", shlex.quote(address), 1)
     step = f"If you trust this study to name these files: carft-ray {fitted} {OPTION}"
     steps = [""] * (len(strange) - 1) + [step]
     raise UsageError(
