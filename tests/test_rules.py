@@ -289,6 +289,7 @@ MAY = {
         "cli/submit.py": "as above",
         "launch/cluster.py": "our own words, in a thread while the process ends",
         "launch/job_package.py": "our own words at the beginning of a job",
+        "ui/console.py": "where prints of a user's trainer go beside a document",
     },
     "typer.echo": {"cli/program.py": "our own words", "cli/recipes.py": "a recipe as YAML, to be read back as it is"},
     "traceback.print_exc": {"cli/program.py": "--debug asks for it"},
