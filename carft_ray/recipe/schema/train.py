@@ -199,7 +199,7 @@ class EvaluateConfig(Config):
     )
     """images per set in the evaluations while a training runs"""
     batch_size: PositiveInt | None = key(None, 64, MEMORY)
-    """images per forward pass, halved if memory is short; null: 128 on a CPU, 512 on a GPU"""
+    """images per forward pass, halved if memory is short; null: 32 on a CPU, 512 on a GPU"""
     thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
         48, 0, Resume("running", "pictures for the report; nothing is computed from them")
     )
