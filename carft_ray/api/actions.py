@@ -134,10 +134,8 @@ def search(
     ):
         plan = Plan(value, study, address, sent(on_event), runner)
         result = run_search(replace(plan, change_space=change_space, around=figure_at_the_end))
-    resume_command = f"carft-ray resume {shlex.quote(named(study))}{trust_word(value)}"
-    resume_command += "" if address is None else f" --address {shlex.quote(address)}"
     summary = study_summary(value, result)
-    found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
+    found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, result.resume_command)
     if strict:
         found.check()
     return found

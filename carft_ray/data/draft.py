@@ -114,24 +114,22 @@ def _class_roots(root: Path, folder: str) -> Iterator[ClassRoot]:
     for name in inside:
         counts[normal(name)] += _num_images(root / folder / name)
     parts = [] if folder == "." else folder.split("/")
-    with_images = [name for name, number in counts.items() if number]
-    are_splits = all(any(name.lower() in words for words in SPLITS.values()) for name in with_images)
-    if with_images and are_splits and len(parts) + 1 < DEEPEST:
-        # splits without class folders, beside one that has them
-        deeper = [each for name in inside for each in _class_roots(root, "/".join([*parts, name]))]
-        if deeper:
-            text = "%s: the images directly in %s are not used: they are in no class folder"
-            _log.warning(text, root / folder, ", ".join(map(visible, sorted(with_images))))
-            yield from deeper
-            return
-    if counts.total():
-        splits = [split for part in parts for split, words in SPLITS.items() if part.lower() in words]
-        others = [part for part in parts if not any(part.lower() in words for words in SPLITS.values())]
+    with_images = sorted(name for name, number in counts.items() if number)
+    below: list[ClassRoot] = []
+    if len(parts) + 1 < DEEPEST and all(map(_split_of, with_images)):  # they may be splits without class folders
+        below = [each for name in inside for each in _class_roots(root, "/".join([*parts, name]))]
+    if with_images and not below:
+        splits, others = [*filter(None, map(_split_of, parts))], [part for part in parts if not _split_of(part)]
         yield ClassRoot(folder, "/".join(others), next(iter(splits), ""), dict(counts))
-        return
-    if len(parts) + 1 < DEEPEST:
-        for name in inside:
-            yield from _class_roots(root, "/".join([*parts, name]))
+    elif with_images:
+        text = "%s: the images directly in %s are not used: they are in no class folder"
+        _log.warning(text, root / folder, ", ".join(map(visible, with_images)))
+    yield from below
+
+
+def _split_of(name: str) -> str:
+    """Returns the split that the name of a folder means; empty for none."""
+    return next((split for split, words in SPLITS.items() if name.lower() in words), "")
 
 
 def _num_images(folder: Path) -> int:

@@ -109,6 +109,11 @@ class Records:
         return [row.tobytes() for row in self.digests]
 
 
+def pixel_limit(source: Source) -> int | None:
+    """Returns up to how many pixels an image is decoded; nothing is known of what a larger one shows."""
+    return source.max_pixels if isinstance(source, StoredSource) else None
+
+
 def records(
     source: Source, cache_dir: Path, is_test: bool = False, on_progress: OnProgress = lambda done, total: None
 ) -> Records:
@@ -128,8 +133,8 @@ def records(
         StorageError: The cache cannot be written.
     """
     whole = selection(source) if isinstance(source, StoredSource) else source
-    limit = whole.max_pixels if isinstance(whole, StoredSource) else None
-    path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, whole.identity, limit])}.arrow"
+    key = key_of([FORMAT_VERSION, DECODERS, is_test, whole.identity, pixel_limit(whole)])
+    path = cache_dir / f"records-{key}.arrow"
     table = made_once(
         path,
         path.with_suffix(".lock"),

@@ -307,6 +307,7 @@ class SearchResult:
         elapsed_s: Seconds that this search took.
         out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
         set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
+        resume_command: Continues the search.
     """
 
     study_dir: Path
@@ -317,6 +318,7 @@ class SearchResult:
     elapsed_s: float
     out_of_budget: str = ""
     set_aside: tuple[TrialRow, ...] = ()
+    resume_command: str = ""
 
 
 def run_search(plan: Plan) -> SearchResult:
@@ -353,7 +355,7 @@ def run_search(plan: Plan) -> SearchResult:
             raise no_successful_trial(study_dir, rows)
         num_new, baselines = num_finished(rows) - ran.num_before, study.rows("baseline")
         return SearchResult(
-            study_dir, best, rows, baselines, num_new, ran.elapsed_s, ran.out_of_budget, tuple(set_aside)
+            study_dir, best, rows, baselines, num_new, ran.elapsed_s, ran.out_of_budget, tuple(set_aside), again
         )
 
     return run(replace(plan, resume_command=again), found)

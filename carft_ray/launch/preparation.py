@@ -211,31 +211,33 @@ def run_prepare(
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
     )(_prepare)
-    attempt = 0
+
+    def attempt() -> dict[str, Any]:
+        pending = task.remote(runtime)
+        with _cancelling([pending]):
+            for ended in _rounds(runtime, [pending], PREPARING, say, asked, WAITS):
+                if ended:
+                    break
+            metrics: dict[str, Any] = ray.get(pending)
+        return metrics
+
     try:
         fill_nodes(runtime, say, asked)
-        while True:
-            attempt += 1
-            pending = task.remote(runtime)
-            with _cancelling([pending]):
-                for ended in _rounds(runtime, [pending], PREPARING, say, asked, WAITS):
-                    if ended:
-                        break
-                try:
-                    metrics: dict[str, Any] = ray.get(pending)
-                    break
-                except ray.exceptions.RayError as error:
-                    if not is_death(error) or attempt == ATTEMPTS:
-                        raise
-                    say(f"the preparation runs once more: {root_cause(error)}")
-                    _say(runtime.mailbox, PREPARING, "", "")  # not what the dead one has said
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return attempt()
+            except ray.exceptions.RayError as error:
+                if not is_death(error):
+                    raise
+                say(f"the preparation runs once more: {root_cause(error)}")
+                _say(runtime.mailbox, PREPARING, "", "")  # not what the dead one has said
+        return attempt()
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
         if isinstance(cause, CarftError):
             raise cause from None
         step = "Run it again with --debug to see where."
         raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
-    return metrics
 
 
 def _prepare(runtime: Runtime) -> dict[str, Any]:

@@ -114,7 +114,6 @@ def parse_yaml(text: str, name: str) -> Document:
 
 def _value(node: Node, path: KeyPath, name: str, yaml: YAML, document: Document) -> Any:
     line = node.start_mark.line + 1
-    place = f"{name}:{line}: {dotted(path)}" if path else f"{name}:{line}"
     document.lines.setdefault(path, line)
     if len(document.lines) > _MAX_VALUES:
         raise RecursionError
@@ -124,15 +123,16 @@ def _value(node: Node, path: KeyPath, name: str, yaml: YAML, document: Document)
         return [_value(child, (*path, index), name, yaml, document) for index, child in enumerate(node.value)]
     if node.tag in _TEXTS and isinstance(node.value, str):
         return node.value
-    if node.tag in _NUMBERS:
-        if len(node.value) > _MOST_DIGITS:
-            document.problems.append(Problem(place, "must be shorter", f"a number of {len(node.value):,} characters"))
-            return None
+    rule, value = "must be a plain value without a tag", str(node.tag)
+    if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+        rule, value = "must be shorter", f"a number of {len(node.value):,} characters"
+    elif node.tag in _NUMBERS:
         try:
             return yaml.constructor.construct_object(node)
         except ValueError:  # a tag written out before a text that is none, such as `!!int x`
             pass
-    document.problems.append(Problem(place, "must be a plain value without a tag", str(node.tag)))
+    place = f"{name}:{line}: {dotted(path)}" if path else f"{name}:{line}"
+    document.problems.append(Problem(place, rule, value))
     return None
 
 

@@ -95,7 +95,7 @@ def copy_stream(device: torch.device) -> "torch.cuda.Stream | None":
 @functools.cache
 def _copy_stream(index: int) -> "torch.cuda.Stream":
     """Returns the same stream each time: torch keeps freed memory for the stream that has asked for it."""
-    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]  # torch's own is untyped
 
 
 def upload(arrays: Iterable[npt.NDArray[Any]], stream: "torch.cuda.Stream | None") -> Upload:

@@ -37,7 +37,7 @@ from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.records import NUM_NAMED, OnProgress, Records, records, without_bad_images
+from carft_ray.data.records import NUM_NAMED, OnProgress, Records, pixel_limit, records, without_bad_images
 from carft_ray.data.role_checks import may_share
 from carft_ray.data.selection import unlabelled_source
 from carft_ray.data.sets import list_set, open_source, plain_place
@@ -120,11 +120,6 @@ def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
     return found
 
 
-def _limit(source: Source) -> int | None:
-    """Returns from which number of pixels on an image is not decoded, so that nothing is known of what it shows."""
-    return source.max_pixels if isinstance(source, StoredSource) else None
-
-
 @dataclass(frozen=True)
 class _Set:
     place: str  # key path, for messages
@@ -164,7 +159,7 @@ def shared_pairs(
         return [], {}
     opened = (_open(spec, plain_place(path, spec), str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
-    of_sets = [[each.role, each.spec.source, each.source.identity, _limit(each.source)] for each in sets]
+    of_sets = [[each.role, each.spec.source, each.source.identity, pixel_limit(each.source)] for each in sets]
     key = key_of([FORMAT_VERSION, DECODERS, of_sets])
     path = cache_dir / f"overlap-{key}.json"
     rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))

@@ -90,12 +90,12 @@ def _shards(folder: Path) -> dict[str, list[re.Match[str]]]:
 def _all(folder: Path, shards: list[re.Match[str]], place: str) -> list[Path]:
     """Returns the files of a split, of which none may be missing."""
     expected, split = max(int(found["of"] or 1) for found in shards), shards[0]["split"]
+    rule = f"the split {split} must have {counted(expected, 'file')}"
     if missing := sorted(set(range(expected)) - {int(found["number"] or 0) for found in shards}):
-        rule = f"the split {split} must have {counted(expected, 'file')}"
         first = f"{split}-{missing[0]:05d}-of-{expected:05d}.parquet"
         raise DataError(Problem(f"{place}: {folder}", rule, f"{len(shards)}, without {first}"))
     if len(shards) != expected:
-        rule, step = f"the split {split} must have {counted(expected, 'file')}", "Remove the files of the other export."
+        step = "Remove the files of the other export."
         value = f"{len(shards)}: {', '.join(found.string for found in shards[:4])}"
         raise DataError(Problem(f"{place}: {folder}", rule, value, next_step=step))
     return [folder / found.string for found in shards]

@@ -162,7 +162,8 @@ def studies_in(folder: Path) -> list[Path]:
     with contextlib.suppress(PermissionError):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             with contextlib.suppress(PermissionError):  # a folder of another user
-                found += [path] if is_study(path) else []
+                if is_study(path):
+                    found.append(path)
     return found
 
 
