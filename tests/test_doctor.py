@@ -193,8 +193,12 @@ def test_quick_opens_no_image_writes_no_pairs_and_proposes_the_micro_batch_for_a
     quick = ("doctor", "r.yaml", "--quick")
     code, out, err = run(*quick)
     assert (code, "36" in out, "micro-batch" in out, "Next:" in err) == (0, True, False, True)
-    for name, message in (("pairs.csv", "--pairs: needs the images"), ("pairs.png", "must end in .csv")):
-        code, _, err = run(*quick, "--pairs", name)
+    for option, value, message in (
+        ("--pairs", "pairs.csv", "--pairs: needs the images"),
+        ("--pairs", "pairs.png", "must end in .csv"),
+        ("--images", "20", "--images: needs the images"),
+    ):
+        code, _, err = run(*quick, option, value)
         assert (code, message in err) == (2, True)
     model = json.loads(run(*quick, "--memory-gb", "16", "--json")[1])["model"]
     assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch

@@ -214,6 +214,7 @@ def test_a_preset_that_leaves_one_domain_out_may_leave_out_another(name, hold_ou
 WRONG = [
     ("", 2, "one of --from FOLDER, --preset NAME and --list must be given, but got none of them"),
     ("--list --preset folders", 2, "must be given, but got several"),
+    ("--list --to r.yaml", 2, "--to: can only be used with --from or --preset"),
     ("--preset quikstart", 2, "--preset: must be a preset, but got 'quikstart'; did you mean 'quickstart'?"),
     ("--preset pacs --hold-out foto", 2, "--hold-out: must be a domain of pacs, but got 'foto'; did you mean"),
     ("--preset fmow --hold-out x", 2, "--hold-out: the preset fmow leaves no domain out: 'x'"),

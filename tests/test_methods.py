@@ -46,6 +46,12 @@ def test_a_baseline_that_is_written_as_nothing_keeps_the_values_of_the_recipe(tm
     assert apply(recipe, recipe.search.baselines["car_ft"]).train == load_recipe(RECIPE).train
 
 
+def test_a_baseline_that_is_set_beside_a_method_keeps_the_values_of_the_recipe():
+    recipe = load_recipe(RECIPE, ["method=feature_kd", "search.baselines={mine: {learning_rate: 1e-4}}"])
+    plain = load_recipe(RECIPE).train
+    assert apply(recipe, recipe.search.baselines["mine"]).train == plain.model_copy(update={"learning_rate": 1e-4})
+
+
 @pytest.mark.parametrize("key", ["train.kl_weight=3", "search.space.l2_sp_weight={low: 1, high: 2}"])
 def test_a_method_with_an_override_of_its_keys_is_one_message(key):
     with pytest.raises(UsageError, match=f"--set {key.partition('=')[0]}: cannot be used with --method l2_sp"):

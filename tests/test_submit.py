@@ -376,6 +376,8 @@ NEW = "r.yaml --study x"
     [
         ("", 2, ["needs exactly one of: a recipe, --resume, --attach"]),
         (f"{NEW} --attach y", 2, ["needs exactly one of"]),
+        ("--attach y --no-wait", 2, ["--no-wait: can only be used with a recipe or --resume"]),
+        ("--attach y --set train.epochs=1 --trust", 2, ["--set: can only be used with a recipe or --resume"]),
         ("r.yaml", 2, ["needs --study as well"]),
         ("--resume x --study y", 2, ["needs a recipe as well"]),
         (f"{NEW} --trials 3", 2, ["can only be used with --resume"]),

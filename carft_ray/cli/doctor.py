@@ -51,8 +51,8 @@ def doctor(
 
     if pairs is not None:
         check_pairs_path(pairs)
-        if quick:
-            raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
+    if quick and (given := common.option_words(pairs=pairs, images=images)):
+        raise UsageError(Problem(given[0], "needs the images, which --quick does not open"))
     value = read_recipe(recipe, set_ or ())
     say = console.sayer(not json_)
     reports, on_nodes = [], []

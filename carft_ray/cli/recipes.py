@@ -57,6 +57,8 @@ def init(
     problems = (
         [] if hold_out is None or preset is not None else [Problem("--hold-out", "can only be used with --preset")]
     )
+    if list_ and to is not None:
+        problems.append(Problem("--to", "can only be used with --from or --preset"))
     if from_ is None:
         problems += [Problem(option, "can only be used with --from") for option, given in of_folder.items() if given]
     if problems:

@@ -63,6 +63,11 @@ def submit(
     from carft_ray.study.place import absolute, in_bucket
 
     if attach is not None:
+        flags = {"installed": installed, "no_wait": no_wait, "dry_run": dry_run}
+        values = {"study": study, "trials": trials, "send": send, "env": env, "method": method, "set": set_}
+        if given := common.option_words(**values, **flags, **shared):
+            rule = "can only be used with a recipe or --resume: --attach follows a job that was submitted before"
+            raise UsageError(Problem(given[0], rule))
         _follow(jobs.connect(address), attach, json_)
         return
     if (recipe is None) != (study is None):

@@ -127,9 +127,9 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
     named = [text for text in overrides if keys_of([text]) == [METHOD]]
     overrides = [text for text in overrides if text not in named]
-    if named:
-        value = with_method(value, str(parse_yaml(named[-1].partition("=")[2], "--method").value), overrides)
     raw, problems = apply_overrides(value, places, overrides)
+    if named:  # after them, so that baselines of --set keep what they train without the method, too
+        raw = with_method(raw, str(parse_yaml(named[-1].partition("=")[2], "--method").value), overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError(places.placed(unwritable))
     try:

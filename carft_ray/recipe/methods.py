@@ -52,9 +52,9 @@ def with_method(value: Any, name: str, overrides: Sequence[str] = ()) -> Any:
     Every baseline keeps the values of these keys that it has without the method.
 
     Args:
-        value: What the recipe's file holds.
+        value: What the recipe's file holds, with the overrides set.
         name: Of the method.
-        overrides: What ``--set`` sets over the recipe as well.
+        overrides: What ``--set`` has set over the recipe.
 
     Raises:
         UsageError: There is no such method, or an override sets a key of methods.
