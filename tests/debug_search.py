@@ -97,7 +97,8 @@ def call(argv):
             view = read_study(study_dir)
             stage, _ = confirmation.plan(view, 1, 2, ablation=False)
             fix = lambda study: confirmation.fix(study, view.recipe, stage, None)  # noqa: E731
-            run_confirm(Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command"))
+            plan = Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command")
+            run_confirm(plan, lambda: None)
     except CarftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -117,6 +117,20 @@ def test_where_hardly_anything_varies_the_rule_of_three_is_that_of_pairs_of_seed
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
+def test_a_small_set_without_any_change_is_not_certain_beside_a_large_one_with_changes(num_seeds):
+    large = np.repeat([[1] * 30 + [-1] * 10 + [0] * 960], num_seeds, axis=0)
+    found = crossed({"id": large, "ood": np.zeros((num_seeds, 10), int)}, {"id": 0.5, "ood": 0.5})
+    assert found.mean == pytest.approx(0.01)
+    assert (found.ends[1] - found.ends[0]) / 2 > -np.log(0.05) * 0.5 / 10  # else 1.0 [+0.3, +1.7] of one seed
+    assert found.p_value > 0.5
+    many = crossed({"id": large, "ood": np.zeros((num_seeds, 10**6), int)}, {"id": 0.5, "ood": 0.5})
+    alone = crossed({"id": large}, {"id": 0.5})
+    assert many.p_value == pytest.approx(alone.p_value, rel=1e-3)
+    for one in (found, many):
+        assert (one.p_value < 0.05) == (one.ends[0] > 0)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
 def test_few_images_show_a_difference_that_does_not_exist_in_at_most_six_of_a_hundred_comparisons(num_seeds):
     """Exactly, over all outcomes; with the normal distribution it was up to 11 of a hundred on 10 images."""
     found = {(n, share): false_alarms(n, share, num_seeds) for n in SMALL_IMAGES for share in SMALL_SHARES}

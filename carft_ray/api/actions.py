@@ -40,6 +40,7 @@ from carft_ray.study.place import in_bucket, named, own_folder
 from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
 from carft_ray.training.own_function import require_trusted
 from carft_ray.ui import console
+from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.runtime import Runner
@@ -154,7 +155,8 @@ def resume(
 
     Args:
         study: The study directory.
-        trials: Total number of trials, or how many more, ``"+4"``.
+        trials: Total number of trials, or how many more, ``"+4"``, of a study whose trials have all ended: the same
+            call again continues them.
         overrides: Same as in ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
         trust_paths: Read the files that the recipe of the study names, and keep images where it says, although this
             machine has not written the study. Not needed for a study in a folder, except for its ``data.cache_dir``.
@@ -173,7 +175,12 @@ def resume(
     study_view.require_search(study, kept)
     words = override_words(overrides)
     if trials is not None:
-        words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
+        view = study_view.read_study(study_dir)
+        total = study_view.total_trials(str(trials), view)
+        if total == kept.search.trials and str(trials).strip().startswith("+"):
+            ended = f"{view.num_finished} of its {counted(total, 'trial')} have ended"
+            console.say(f"trials {trials} adds none, since {ended}; for more at once, give a total")
+        words.append(f"search.trials={total}")
     recipe = recipe_for_use(study_dir, kept, "resume {}", words, trust_paths)
     return search(recipe.model_dump(mode="json"), study, **options)
 
@@ -250,21 +257,20 @@ def confirm(
         for note in notes:
             logger.warning("%s", note)
 
-        def train_stage() -> None:
+        def train_stage(end: Callable[[], Any]) -> Any:
             stage = second or first
             say(confirmation.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
                 plan = Plan(recipe, study_dir, address, sent(shown), runner, resume_command=resume_command)
-                run_confirm(replace(plan, given=lambda held: confirmation.fix(held, recipe, first, second, others)))
+                plan = replace(plan, given=lambda held: confirmation.fix(held, recipe, first, second, others))
+                return run_confirm(plan, end)
 
-        train_stage()
         if winner == "confirmed":
-            chosen = choose(study_dir, objective_spec(recipe), first)
+            chosen = train_stage(lambda: choose(study_dir, objective_spec(recipe), first))
             second = confirmation.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
-            train_stage()
-    summary = summarise(study_dir, recipe, first, second)
+        summary = train_stage(lambda: summarise(study_dir, recipe, first, second))
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
     return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
 

@@ -21,6 +21,7 @@ ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a st
 # options that set a key of the recipe
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
 KEYS |= {"method": "method"}  # several keys at once (``recipe.methods``)
+TRAIN = ("resume", "confirm")  # commands that a study suggests and that take --address
 
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[
@@ -92,7 +93,14 @@ def load(
     return load_recipe(path, overrides_of(overrides, options))
 
 
-def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Overview | None" = None) -> None:
+def suggest(
+    study: str,
+    after: str,
+    *more: str,
+    changed: bool = False,
+    view: "Overview | None" = None,
+    address: str | None = None,
+) -> None:
     """Prints what to run next on a study as it stands now (``results.adviser``).
 
     Args:
@@ -101,6 +109,7 @@ def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Ov
         more: Further command lines.
         changed: The command has changed the study.
         view: The study as the command has read it, if nothing can have changed since.
+        address: Of the Ray cluster that has trained; suggested for the next trainings, too.
     """
     from carft_ray.results.adviser import BEHIND, MILDER, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
@@ -110,7 +119,11 @@ def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Ov
     view = view or read_study(own_folder(study, need=None) if changed else study, STATE)
     if behind_zero_shot(view):
         console.say(f"{BEHIND}: {MILDER}")
-    console.next_step(*next_steps(view, study, after), *more)
+    where = shlex.join(option_words(address=address))
+    steps = [
+        f"{step} {where}" if where and step.split()[1] in TRAIN else step for step in next_steps(view, study, after)
+    ]
+    console.next_step(*steps, *more)
 
 
 def command_line(*words: object, **options: object) -> str:

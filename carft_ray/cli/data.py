@@ -43,7 +43,12 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
 
 
 @command("data add recipe.yaml", to=data_app, reads=True)
-def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
+def data_add(
+    recipe: common.RecipeArgument,
+    method: common.MethodOption = None,
+    set_: common.SetOption = None,
+    json_: common.JsonOption = False,
+) -> None:
     """Build the cache for the trainings of a recipe: training and validation sets, never test sets."""
     from carft_ray.data.cache import cache_dir, list_entries
     from carft_ray.data.cached_sets import DecodedSource, PackedSource
@@ -51,7 +56,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     from carft_ray.training.shared_inputs import load_shared_inputs
     from carft_ray.ui.progress import counting
 
-    value = common.load(recipe, set_)
+    value = common.load(recipe, set_, method)
     folder = cache_dir(value)
     shared = find_shared(value, folder, console.say)
     for line in shared_lines(shared):
@@ -83,7 +88,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
         console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {state}")
     console.say(f"{folder} holds {console.size_text(total)} now.")
     console.next_step(
-        common.begin_line(value, recipe, set=set_),
+        common.begin_line(value, recipe, method=method, set=set_),
         common.command_line("data", "ls", cache=None if value.data.cache_dir is None else folder),
     )
 

@@ -20,6 +20,7 @@ from carft_ray.words import counted
 @command("doctor recipe.yaml", common.ONE_TRAINING)
 def doctor(
     recipe: common.RecipeArgument,
+    method: common.MethodOption = None,
     set_: common.SetOption = None,
     images: Annotated[
         int | None, Option(min=1, help="Images per set for the zero-shot accuracy; default: 200.")
@@ -53,7 +54,7 @@ def doctor(
         check_pairs_path(pairs)
     if quick and (given := common.option_words(pairs=pairs, images=images)):
         raise UsageError(Problem(given[0], "needs the images, which --quick does not open"))
-    value = read_recipe(recipe, set_ or ())
+    value = read_recipe(recipe, common.overrides_of(set_, {"method": method}))
     say = console.sayer(not json_)
     reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:
@@ -86,8 +87,8 @@ def doctor(
     if not json_:
         from carft_ray.recipe.loading import own_functions
 
-        begin = common.begin_line(value, recipe, set=set_, address=address)
-        plan = common.command_line("plan", recipe, set=set_, address=address)
+        begin = common.begin_line(value, recipe, method=method, set=set_, address=address)
+        plan = common.command_line("plan", recipe, method=method, set=set_, address=address)
         has_plan = begin.startswith("carft-ray search") and not own_functions(value)
         console.next_step(*([plan] if has_plan else []), begin)
 

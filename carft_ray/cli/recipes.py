@@ -109,7 +109,7 @@ def init(
         rows = [(one.folder, one.domain, one.split, str(len(one.classes)), f"{one.num_images:,}") for one in roots]
         console.show(console.table(("folder", "domain", "split", "classes", "images"), rows))
     console.say(f"Wrote {to}. The roles in `data` are a proposal: check them before you train.")
-    begin = common.command_line("search", to, study=f"studies/{written.name}")
+    begin = common.command_line("search", to, study=f"studies/{written.name if hold_out is None else to.stem}")
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)
 
 

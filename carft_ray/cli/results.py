@@ -60,7 +60,7 @@ def confirm(
     if candidates & {*summary["better_than_winner"]} and winner == "search":
         console.next_step(chosen_anew)
     else:
-        common.suggest(study, "confirm", changed=True)
+        common.suggest(study, "confirm", changed=True, address=shared["address"])
 
 
 @command("test studies/quickstart", common.TRUST)

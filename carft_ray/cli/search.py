@@ -72,7 +72,8 @@ def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None
         found.check()
     if not json_:
         logs = found.path if is_address(study) else study
-        common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(logs))}", changed=True)
+        tensorboard = f"tensorboard --logdir {shlex.quote(str(logs))}"
+        common.suggest(study, "search", tensorboard, changed=True, address=options["address"])
 
 
 @command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
@@ -92,7 +93,9 @@ def search(
 @command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
 def resume(
     study: common.StudyArgument,
-    trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or +N for N more.")] = None,
+    trials: Annotated[
+        str | None, Option(metavar="N|+N", help="Trials in all; +N: N more, once all have ended.")
+    ] = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
@@ -182,8 +185,10 @@ def plan(
         next_to = fetched(study).absolute().parent
     found = forecast(value, *measure(value, address, next_to, console.sayer(not json_)))
     if price_per_gpu_hour is not None and not found["gpu_hours"]:
-        step = "Give --price-per-hour, of the whole machine."
-        raise UsageError(Problem("--price-per-gpu-hour", "needs trainings that use a GPU", next_step=step))
+        console.warn(
+            "--price-per-gpu-hour has no effect: no training uses a GPU. Give --price-per-hour, of the machine."
+        )
+        price_per_gpu_hour = None
     hours, price = found["gpu_hours"], price_per_gpu_hour
     if price_per_gpu_hour is None:
         hours, price = found["search_s"] / 3600, price_per_hour

@@ -64,8 +64,9 @@ def evaluate(
     console.show(found.tables[0])
     console.show()
     console.show(found.tables[1])
-    line = common.command_line("export", folder, trial=trial, trust_paths=trust_paths)
-    console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']!r}")
+    if head == "fine_tuned":  # the head of an export
+        line = common.command_line("export", folder, trial=trial, trust_paths=trust_paths)
+        console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']!r}")
 
 
 @command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)

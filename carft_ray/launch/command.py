@@ -361,16 +361,17 @@ def run_search(plan: Plan) -> SearchResult:
     return run(replace(plan, resume_command=again), found)
 
 
-def run_confirm(plan: Plan) -> list[TrialRow]:
+def run_confirm(plan: Plan, end: Callable[[], R]) -> R:
     """Trains what a plan gives, as trials of a search are trained; what is finished already is left alone.
 
     Trainings of one seed share the frozen model's targets: the first one that needs them stores them.
 
     Args:
         plan: The plan.
+        end: Called while the study is still held, so that files that it writes are uploaded, too.
 
     Returns:
-        The rows of these trainings, in the order of their numbers.
+        What ``end`` returns.
 
     Raises:
         MachineError: Trainings were set aside; run it again to try these again.
@@ -378,11 +379,11 @@ def run_confirm(plan: Plan) -> list[TrialRow]:
         CarftError: As ``run``.
     """
 
-    def found(study: Study, ran: Ran) -> list[TrialRow]:
+    def found(study: Study, ran: Ran) -> R:
         rows = [row for row in study.rows("confirm") if row.name in (ran.given or ())]
         if set_aside := [row for row in rows if row.set_aside]:
             raise set_aside_error(set_aside, plan.resume_command)
-        return rows
+        return end()
 
     return run(replace(plan, kind="confirm"), found)
 

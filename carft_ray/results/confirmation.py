@@ -9,6 +9,7 @@ intervals over seeds and images, the optimism of the search, the headline. These
 seeds is gone, that of the images is not. `test` has new images.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +167,8 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
         chosen: Name of one of its trials.
         recipe: The study's recipe.
     """
-    rows = [replace(row, role="winner") for row in first.rows if row.name == chosen]
+    more = len(first.seeds) * sum(row.role in TRIALS for row in first.rows)  # trainings that chose it, too
+    rows = [replace(row, role="winner", chosen_from=row.chosen_from + more) for row in first.rows if row.name == chosen]
     if any(row.role == "ablation" for row in first.rows):
         rows += without_penalties(recipe, rows[0])
     rows += [row for row in first.rows if row.role == "baseline"]
@@ -194,6 +196,9 @@ def plan(
         for other in against
         if (number := num_test_reads(other.study_dir, other.log))
     ]
+    for other, key in itertools.product(against, ("alpha", "constraints", "warm_start")):
+        if getattr(other.recipe.search, key) != getattr(view.recipe.search, key):
+            notes.append(f"{named(other.study_dir)} was searched with another search.{key}")
     if ablation and view.recipe.train.function is not None:
         notes.append("no ablation: the fine-tuning is your own function, which carft-ray cannot run without penalties")
     stages = read_plan(view.study_dir)
@@ -213,6 +218,8 @@ def plan(
         if row.alpha != old.alpha:
             notes.append(f"the search continued: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
     kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
+    if kept:
+        notes.append(f"also measured, from an earlier call: {', '.join(row.name for row in kept)}")
     return replace(first, rows=(*first.rows, *kept)), notes
 
 

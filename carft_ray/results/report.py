@@ -145,7 +145,7 @@ def _by_one_number(
             f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
             f"Corrected: {100 * corrected['value']:.1f} %. The expected selection bias of the best of "
             f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected['optimism']:.1f} points, from "
-            f"{covered}.",
+            f"{covered}. The choice of alpha on these images is not covered.",
         ],
     )
 

@@ -23,7 +23,7 @@ from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import from_rank_0
-from carft_ray.training.run import LIVE_ALPHAS, run_training
+from carft_ray.training.run import live_alphas, run_training
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import shared_inputs_of_worker
 
@@ -76,7 +76,7 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         "fixed_s": rest_s + (len(alphas) - 1) * evaluate_s,  # the preparation evaluates alpha 0
         "first_epoch_s": len(inputs.train) * _seconds_per_image(first),
         "epoch_s": len(inputs.train) * image_s,
-        "look_s": (len(LIVE_ALPHAS) if recipe.train.alpha is None else 1) * of_subset * evaluate_s,
+        "look_s": len(live_alphas(recipe)) * of_subset * evaluate_s,
         "weights": sum(tensor.nbytes for tensor in state.values()),
         "checkpoint": max(_num_bytes(folder) for folder in place.glob(f"{STEP}*")),
         "predictions": len(alphas) * (place / PREDICTIONS).stat().st_size,

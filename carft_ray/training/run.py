@@ -57,9 +57,16 @@ from carft_ray.training.thumbnails import write_thumbnails
 
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
-LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
+_LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
 logger = logging.getLogger(__name__)
+
+
+def live_alphas(recipe: Recipe) -> tuple[float, ...]:
+    """Returns the alphas at which a training is measured while it runs: of those that it may choose, at least one."""
+    if recipe.train.alpha is not None:
+        return (recipe.train.alpha,)
+    return tuple(alpha for alpha in _LIVE_ALPHAS if alpha >= recipe.search.alpha.lowest)
 
 
 def prepare(
@@ -251,7 +258,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     recipe, inputs, heads, context = training.recipe, training.inputs, training.heads, training.context
     small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
-    alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
+    alphas = live_alphas(recipe)
 
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):

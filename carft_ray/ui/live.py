@@ -77,13 +77,16 @@ class SearchView:
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space import num_trials
+        from carft_ray.results.confirmation import read_plan
         from carft_ray.results.reading.study_view import search_began
         from carft_ray.study.rows import ZERO_SHOT
 
-        view = cls(overview.recipe.train.epochs, overview.rows, clock)
+        running = [row for row in overview.rows if overview.state(row) == "running"]
+        plan = read_plan(overview.study_dir) if any(row.kind == "confirm" for row in running) else None
+        view = cls(overview.recipe.train.epochs, overview.rows, clock, "trial" if plan is None else "confirm")
         view._began = search_began(overview.study_dir) or clock()
         for row in overview.rows:
-            if overview.state(row) == "running":
+            if row in running:
                 lines = files.read_json_lines(overview.study_dir, f"{row.training}/{METRICS}")
                 began = overview.since[row.kind, row.name]
                 view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})
@@ -93,7 +96,12 @@ class SearchView:
         view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
         view._best = "" if overview.best is None else overview.best.name
         at_a_time = overview.at_a_time or (max(1, len(view._running)), "")
-        view._started = Started(num_trials(overview.recipe), overview.num_finished, *at_a_time)
+        if plan is None:
+            view._started = Started(num_trials(overview.recipe), overview.num_finished, *at_a_time)
+        else:
+            wanted = {name for stage in plan if stage is not None for name in stage.trainings()}
+            view._rows = {key: row for key, row in view._rows.items() if key[0] != "confirm" or key[1] in wanted}
+            view._started = Started(len(wanted), sum(kind == "confirm" for kind, _ in view._rows), *at_a_time)
         return view
 
     def line(self) -> str:

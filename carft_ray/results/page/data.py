@@ -114,13 +114,18 @@ def page_document(view: Overview) -> dict[str, Any]:
 
 
 def method_of(view: Overview, row: TrialRow) -> str:
-    """Returns the method of a training: your own function, plain fine-tuning, CAR-FT, or the penalties that it has."""
+    """Returns the method of a training: your own function, plain fine-tuning, CAR-FT, or the penalties that it has; and
+    whether a linear probe comes first, or the teacher moves.
+    """
     train = view.recipe.train
     if train.function is not None:
         return "own trainer"
     names = [name.removesuffix("_weight") for name in PENALTIES if row.values.get(name, getattr(train, name))]
     known = {(): "plain fine-tuning", ("kl",): "CAR-FT"}
-    return known.get(tuple(names)) or f"penalties: {', '.join(names)}"
+    name = known.get(tuple(names)) or f"penalties: {', '.join(names)}"
+    probed = "linear probe, then " if row.values.get("probe_epochs", train.probe_epochs) else ""
+    teacher = row.values.get("teacher", train.teacher)
+    return f"{probed}{name}" + (" with a moving teacher" if names and teacher == "average" else "")
 
 
 def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:

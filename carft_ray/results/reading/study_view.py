@@ -13,6 +13,7 @@ from carft_ray.errors import Problem, StorageError, UsageError, nearest
 from carft_ray.layout import COMMITS, LOG, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
+from carft_ray.recipe.space import num_trials
 from carft_ray.store.copy import IMAGES, STATE
 from carft_ray.store.log import Log, log_of
 from carft_ray.study.holding import is_study, stopping
@@ -201,7 +202,8 @@ def total_trials(written: str, overview: Overview) -> int:
     """Returns the number of trials that a study shall have.
 
     Args:
-        written: A total (``20``), or how many more (``+4``).
+        written: A total (``20``), or how many more (``+4``). A study whose trials have not all ended gets no more by
+            ``+4``: it is the command of before once more, after a stop or a crash.
         overview: The study.
 
     Raises:
@@ -211,9 +213,10 @@ def total_trials(written: str, overview: Overview) -> int:
     if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
         rule = "must be a whole number of trials from 1, or +N for N more"
         raise UsageError(Problem("--trials", rule, repr(written)))
-    begun = len(overview.trials)
+    begun, total = len(overview.trials), overview.recipe.search.trials
     if written.strip().startswith("+"):
-        return max(overview.recipe.search.trials, begun) + int(digits)
+        is_done = overview.num_finished >= num_trials(overview.recipe)
+        return max(total, begun) + int(digits) if is_done else total
     if int(digits) < begun:
         waiting = begun - overview.num_finished
         have = counted(overview.num_finished, "finished trial") + (f" and {waiting} begun" if waiting else "")

@@ -25,6 +25,7 @@ from carft_ray.study.training import TrialRow
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
 OVER_IMAGES = "over images; one training: seeds not covered"
 _ZERO = 1e-12  # fractions below this are rounding
+_SMALLEST_P = 1e-300  # a smaller p-value is 0
 FloatArray = npt.NDArray[np.float64]
 # correctness (bool), or differences of correctness or of weighted correctness: [r, n] per set
 ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
@@ -98,10 +99,11 @@ def crossed(
     that shows a difference that does not exist in at most 6 % of the comparisons; the normal distribution would in up
     to 11 % (`python -m benchmarks.statistics`).
 
-    If nothing varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j:
-    of N_j images (V_image = 0: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
-    -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. The p-value inverts it: exp(-|m| / max_j(|w_j| / N_j)).
-    So the interval leaves 0 out exactly where p < 0.05.
+    A set on which nothing varies is not certain: the rule of three (Hanley and Lippman-Hand 1983) says that of N_j
+    images (V_image = 0: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
+    -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. So max_j |w_j| 3 / N_j over these sets is a half-width of its
+    own, joined with that of the others by sqrt(a^2 + b^2) (as MOVER does, Zou and Donner 2008). The p-value is that of
+    the widest interval that leaves 0 out; if nothing varies at all, exp(-|m| / max_j(|w_j| / N_j)).
 
     Args:
         values: Per set j an array [r, n_j] of numbers from -1 to 1: correctness of one configuration, or paired
@@ -118,8 +120,13 @@ def crossed(
     used = {name: array for name, array in arrays.items() if weights[name] != 0}
     notes = [f"{name} has one image: its image variance is not covered" for name in used if used[name].shape[1] == 1]
     image_variance = _or_zero(sum(weights[name] ** 2 * _image_variance(array) for name, array in used.items()))
-    # of one image in N without any change: what a mean may be off by
-    per_image = max((abs(weights[name]) / array.shape[1] for name, array in used.items()), default=0.0)
+    # of one image in N without any change, also between seeds alone: what a mean may be off by
+    shares = {name: abs(weights[name]) / array.shape[1] for name, array in used.items()}
+    still = [name for name, array in used.items() if array.min() == array.max()]
+    if len(still) < len(used):
+        still = [name for name in still if used[name].shape[1] > 1]  # of one image a note says it
+    per_image = max((shares[name] for name in still), default=0.0)
+    per_pair = max((shares[name] for name, array in used.items() if (array == array[0]).all()), default=0.0)
     image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
     if num_seeds == 1:
         half, p_value = _half_and_p(mean, image_variance, image_dof, per_image)
@@ -133,7 +140,7 @@ def crossed(
     sources = [(seed_variance, float(num_seeds - 1))]
     if seed_variance < residual_variance:
         sources.append((residual_variance, float((num_seeds - 1) * image_dof)))
-    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1))
+    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_pair / (num_seeds - 1))
     half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image)
     if half < fixed:
         half, dof = fixed, dof_fixed
@@ -242,12 +249,24 @@ def _widest(
 
 
 def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> tuple[float, float]:
-    """Returns half-width and p-value of mean = 0: Student's t, or the rule of three."""
-    if variance == 0:
-        off = -math.log(1 - LEVEL) * per_image
-        return off, 1.0 if abs(mean) < _ZERO or per_image == 0 else math.exp(-abs(mean) / per_image)
-    error = math.sqrt(variance)
-    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(scipy.stats.t.sf(abs(mean) / error, dof))
+    """Returns half-width and p-value of mean = 0: Student's t, joined with the rule of three of sets without change."""
+    error, off = math.sqrt(variance), abs(mean)
+
+    def half(p_value: float) -> float:
+        of_t = float(scipy.stats.t.isf(p_value / 2, dof)) * error if error else 0.0
+        return math.hypot(of_t, -math.log(p_value) * per_image)
+
+    width = half(1 - LEVEL)
+    if off < _ZERO or (not error and not per_image):
+        return width, 1.0
+    if not per_image:
+        return width, 2 * float(scipy.stats.t.sf(off / error, dof))
+    if not error:
+        return width, math.exp(-off / per_image)
+    if half(_SMALLEST_P) < off:
+        return width, 0.0
+    log_p = scipy.optimize.brentq(lambda x: half(math.exp(x)) - off, math.log(_SMALLEST_P), 0.0)
+    return width, math.exp(log_p)
 
 
 def _or_zero(variance: float) -> float:

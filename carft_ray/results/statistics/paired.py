@@ -230,7 +230,8 @@ def ranking_noise(
 
     sigma_img^2 = sum_j w_j^2 MS_E_j / n_j with MS_E the residual of trials x images over the trials with J >= median
     (over all where these are fewer than two); the binomial variance would count luck that all trials share.
-    sigma_seed^2 = max(0, pooled variance between seeds - pooled sum_j w_j^2 MS_E_j / n_j of seeds x images).
+    sigma_seed^2 = max(0, pooled variance between seeds - pooled sum_j w_j^2 MS_E_j / n_j of seeds x images). It is an
+    upper bound: what a seed does to all configurations alike is in it.
 
     Args:
         spec: The objective.
