@@ -11,7 +11,7 @@ product's own code, recipe ``search_spaces/quickstart.yaml``:
              its own alpha, with five fresh seeds, read on the test sets
 
 It prints every threshold with PASS or FAIL, and the comparison of the tuned methods whichever way it comes out; exit
-code 1 when a threshold is missed. All numbers go to ``effect.json``, the figure of docs/results.md to
+code 1 when a threshold is missed. All numbers go to ``effect.json``, its figure to
 ``docs/effect.png`` and ``.svg``. Finished trainings are kept and not run again: a killed benchmark continues with the
 same command. They belong to one set of weights and one recipe; after a change of the training code, remove the folder.
 

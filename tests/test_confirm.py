@@ -140,7 +140,7 @@ def test_a_comparison_of_the_best_of_different_numbers_of_trainings_says_so():
         "zero_shot": ("baseline", 0),
     }
     rows = [{"name": name, "role": role, "chosen_from": number} for name, (role, number) in numbers.items()]
-    line = "They are the best of different numbers of trainings: t0001 (16), plain (1)."
+    line = "These configurations are the best of different numbers of trainings: t0001 (16), plain (1)."
     assert confirmation.chosen_from_lines({"rows": rows}) == [line]
     assert confirmation.chosen_from_lines({"rows": [row | {"chosen_from": 16} for row in rows[:2]]}) == []
 

@@ -158,7 +158,7 @@ SICK = [
     (None, ("train.lora_rank=99",), "error", "train.lora_rank: must be at most 32, the smallest side of a matrix"),
     (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot"),
     (None, (LONG,), "warning", "prompts: sentences must be shorter than the 32 tokens that the model reads, but got"),
-    (None, ('prompts.templates=["a {}"]',), "warning", "prompts.templates: must spread over contexts (exp of the"),
+    (None, ('prompts.templates=["a {}"]',), "warning", "prompts.templates: must spread over at least"),
 ]
 
 

@@ -200,7 +200,7 @@ def test_a_plan_of_a_cluster_without_nodes_waits_for_the_first(tmp_path):
             with cluster.node(first, num_cpus=3):
                 assert planning.wait(cluster.TIMEOUT_S) == 0, log.read_text()
     said = log.read_text()
-    assert "training a little, 2 at a time (the search has no more trainings)" in said
+    assert "running short trainings, 2 at a time (the search has no more trainings)" in said
     assert "short: 2 trials, 3 at a time (3 CPUs, 1 per trial)" in said
     assert "whole search" in said
 

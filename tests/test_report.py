@@ -235,7 +235,7 @@ def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(s
         assert line.passed == (number == 16)
         assert line.text.endswith("2.5 hours without a GPU")
     later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared(BETTER, 3)}
-    assert "The best trial of the search, t0007, is not in it." in verdict(later)[0].text
+    assert "The best trial of the search, t0007, is not in this comparison." in verdict(later)[0].text
 
 
 def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):

@@ -381,6 +381,6 @@ def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_i
     found = compare(ObjectiveSpec(kind, "id_val", ()), single, "t0007", BASELINES, label="test", searched=0.78)
     assert found["rows"][0]["ood_accuracy"] is found["optimism"]["se"] is None
     assert list(found["baselines"][0]["sets"]) == ["id_val"]
-    assert comparison_lines(found)[-1].endswith(f"points; test; 95 %, {intervals.OVER_IMAGES}.")
+    assert comparison_lines(found)[-1].endswith(f"points; test; 95 % interval {intervals.OVER_IMAGES}.")
     pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
     assert 0 <= pair["p"] <= 1

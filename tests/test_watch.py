@@ -80,7 +80,7 @@ def test_a_search_from_its_first_to_its_last_event():
     assert baseline == "base0 0.0001 0.5 40.0 20.0 30.0 1:01"
     assert best == "★ t0000-abcd 0.0001 0.5 50.0 30.0 40.0 1:01"
     assert runs == "t0001-abcd 0.0002 0.5 2/4 61.0 50.0 55.0 0:30"
-    assert note == "of running trials: on a subset, at the best of a few alphas"
+    assert note == "running trials: accuracies on a subset, at the best of a few alphas"
     assert bar == "━" * 5 + "─" * 35 + " 12 %"
     # the running one needs 30 s more, six others 60 s each, two at a time
     assert last == "1 of 8 trials finished · 2 at a time (2 CPUs) · 1:00 elapsed · about 3:15 left"

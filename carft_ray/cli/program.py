@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for "
-    "accuracy in-distribution and out-of-distribution together.\n\n"
+    "high accuracy both in-distribution and out-of-distribution.\n\n"
     "Try it:  carft-ray init --preset quickstart --to recipe.yaml",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images.")

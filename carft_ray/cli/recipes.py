@@ -41,7 +41,7 @@ def init(
         DomainsOption, Option(help="OOD test domain (repeatable; default: the remaining ones).")
     ] = None,
     hold_out: Annotated[
-        str | None, Option(help="Domain of the test, for a preset that trains on all other domains.")
+        str | None, Option(help="Held-out test domain, for a preset that trains on all other domains.")
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:
@@ -89,7 +89,7 @@ def init(
     written = parse_recipe(text, to or Path("recipe.yaml"))  # before anything is written
     refused = [] if from_ is None and to is None else _refused(written)
     if preset is not None and refused:
-        words = "a copy needs other paths, which start at its folder"
+        words = "the copy needs other paths; relative paths start at its folder"
         notes = [f"{words}; {counted(len(refused), 'set')} cannot be read, the first one: {refused[0]}"]
     else:
         notes = [*notes, *(f"doctor will refuse this recipe: {problem}" for problem in refused)]

@@ -103,7 +103,7 @@ def report(
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show what the best trial is worth: without selection bias, and against the baselines. Reads no test set."""
+    """Show what the best trial is worth: corrected for selection bias, and against the baselines. Reads no test set."""
     from carft_ray.api import actions
     from carft_ray.files import is_address
 
@@ -194,7 +194,7 @@ def reproduce(
     folder: common.TrainedArgument,
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[
-        Path | None, Option(help="New or empty folder for the new training; default: it is removed.")
+        Path | None, Option(help="New or empty folder to keep the new training in; default: it is removed.")
     ] = None,
     trust: common.TrustOption = False,
     trust_paths: common.TrustPathsOption = False,
@@ -228,7 +228,7 @@ def reproduce(
         return
     console.show(sentence(found))
     if lines := change_lines(found):
-        console.say("They are the same although the code or the machine has changed:")
+        console.say("The numbers are the same, although the code or the machine has changed:")
         console.say("\n".join(f"  {line}" for line in lines))
     if finished.is_zero_shot:
         console.next_step(common.command_line("ls", folder))

@@ -38,7 +38,7 @@ class SearchOptions(common.RunOptions):
     notify_url: common.NotifyUrlOption = None
     again: Annotated[
         str | None,
-        Option(metavar="REASON", help="Why to train after the test sets were read; every report shows it."),
+        Option(metavar="REASON", help="Reason to train after the test sets were read; reports show it."),
     ] = None
 
 

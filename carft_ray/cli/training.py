@@ -88,7 +88,7 @@ def export(
     exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
-    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each was opened again by its own library:")
+    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each format was opened with its own library:")
     for name, difference in exported.formats.items():
         console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
     console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")

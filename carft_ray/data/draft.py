@@ -380,7 +380,7 @@ def _set(path: str, one: ClassRoot, trained: ClassRoot) -> str:
 def _words(classes: Sequence[str]) -> list[str]:
     """Returns ``class_names``: ImageNet's for its ids, else readable folder names; a comment where these are none."""
     if set(classes) <= benchmark_words(IDS).keys():
-        return [f"  class_names: {IDS}             # its words for the ids that the folders are named by"]
+        return [f"  class_names: {IDS}             # ImageNet's words for the ids that name the folders"]
     words = [readable(name) for name in classes]
     listed = "[" + ", ".join(_text(word) for word in words) + "]"
     if all(re.search(r"[^\W\d_]{2}", word) and not re.fullmatch(r"n\d{8}", word) for word in words):

@@ -157,7 +157,7 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
             slots = max(1, min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines)))
             recover_given(study, dict.fromkeys((f"short-{number}" for number in range(slots)), values))
             limit = capacity.reason if slots == capacity.concurrency else "the search has no more trainings"
-            say(f"training a little, {slots} at a time ({limit})")
+            say(f"running short trainings, {slots} at a time ({limit})")
             fixed = replace(capacity, concurrency=slots, asked=0)  # nodes that come meanwhile are for the search
             decided, _ = decide_targets(runtime.recipe)
             runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)

@@ -21,8 +21,8 @@ from carft_ray.training.own_function import MAIN, OwnFunction, check_signature
 from carft_ray.training.run_context import RunContext
 
 _LIMITS = (
-    "train.function replaces the built-in loop: exact resume, micro-batches and stored targets are not promised; "
-    "a training that is stopped or lost continues from what the function keeps in context.checkpoint_dir"
+    "train.function replaces the built-in loop: carft-ray promises no exact resume, micro-batches or stored targets. "
+    "A stopped or lost training continues from the files that the function keeps in context.checkpoint_dir"
 )
 
 

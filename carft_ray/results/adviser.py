@@ -30,8 +30,8 @@ from carft_ray.study.warm_start import inherited_reads
 AGAIN = " --again REASON"
 BEHIND = "The best trial scores below the zero-shot model"
 MILDER = (
-    "there is nothing to export. Search milder trainings, with a lower learning_rate, fewer epochs or a higher "
-    "kl_weight."
+    "there is nothing to export. Search where trainings change the model less: a lower learning_rate, fewer epochs or "
+    "a higher kl_weight."
 )
 NEAR_END = 0.03  # of the width of a parameter: the best trial is on its bound
 BELIEVED = 0.25  # share of the distances between trials that is not noise; below it they hardly differ
@@ -99,8 +99,8 @@ def _noise(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     sigma = 100 * math.sqrt(noise["image"] + (noise["seed"] or 0.0))
     spread = 100 * math.sqrt(corrected["spread"])
     text = (
-        f"the better half of the trials differs by {spread:.2f} points, and their {noise['words']} alone is "
-        f"{sigma:.2f}: the choice of the best among them is mostly luck"
+        f"the better half of the trials differs by {spread:.2f} points, noise alone by {sigma:.2f} "
+        f"({noise['words']}): which of them is the best is mostly chance"
     )
     yield "noise larger than differences", text, "more validation images help more than more trials."
 

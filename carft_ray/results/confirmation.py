@@ -477,15 +477,16 @@ def chosen_from_lines(content: Mapping[str, Any]) -> list[str]:
     if len({*numbers.values()}) < 2:
         return []
     shown = ", ".join(f"{name} ({number})" for name, number in numbers.items())
-    return [f"They are the best of different numbers of trainings: {shown}."]
+    return [f"These configurations are the best of different numbers of trainings: {shown}."]
 
 
 def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     """Returns the content of ``confirm/summary.json`` as lines of text, without its rows."""
     twice = "The winner was chosen on other fresh seeds, not on these."
     return [
-        f"{len(content['seeds'])} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images).",
-        "Not covered: the search chose the winner on these images. It never used test sets.",
+        f"{len(content['seeds'])} fresh seeds, on validation images; 95 % intervals over seeds and images (zero-shot: "
+        "images).",
+        "Selection bias is not covered: the search chose the winner on these images. It never used test sets.",
         *([twice] if content["chosen_by"] == "confirm" else []),
         *(f"Failed, and not compared: {line}." for line in content["failed"]),
         *comparison_lines(content),

@@ -135,8 +135,8 @@ def _by_one_number(
     covered = "only the images. The bias from the seeds remains; a confirm measures it"
     if seed is not None:
         covered = (
-            f"images and seeds, the latter from {counted(len(dict(again)), 'confirmed configuration')}. Both this "
-            "and a confirm use the images used for selection; a test does not"
+            f"images and seeds (the seeds by {counted(len(dict(again)), 'confirmed configuration')}). This number and "
+            "those of confirm come from the images used for selection; those of test do not"
         )
     return (
         {"noise": {"image": image, "seed": seed, "words": words}, "corrected": corrected},
@@ -144,8 +144,8 @@ def _by_one_number(
             f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
             f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
             f"Corrected: {100 * corrected['value']:.1f} %. The expected selection bias of the best of "
-            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected['optimism']:.1f} points, from "
-            f"{covered}. The choice of alpha on these images is not covered.",
+            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected['optimism']:.1f} points. It "
+            f"covers {covered}. The choice of alpha on these images is not covered.",
         ],
     )
 

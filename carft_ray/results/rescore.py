@@ -26,8 +26,8 @@ from carft_ray.study.rows import best_first, require_finished
 from carft_ray.study.training import TrialRow, result_of
 
 NOTE = (
-    "The study was not changed. Its trials were proposed, and its best trial was chosen, by its own objective; each "
-    "ranking by another objective is one more selection on the same validation images."
+    "The study was not changed. Its own objective guided the sampler and chose the best trial. Each ranking by another "
+    "objective is one more selection on the same validation images."
 )
 
 

@@ -16,7 +16,7 @@ from carft_ray.untrusted import latex, visible
 from carft_ray.words import counted, times
 
 FORMS = ("text", "latex")
-CHOSEN_HERE = "Not covered: the search chose the winner on these images."
+CHOSEN_HERE = "Selection bias is not covered: the search chose the winner on these images."
 NO_BASELINE = "no baseline to compare with"
 ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
 Document = Mapping[str, Any]

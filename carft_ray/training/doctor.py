@@ -330,7 +330,7 @@ def _measure(recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int
         share, largest = (float(value) for value in log_p_BT.exp().mean(dim=0).max(dim=0))
         found.model["largest_context"] = {"template": inputs.templates[int(largest)], "share": share}
     if contexts < FEW_CONTEXTS:
-        rule = f"must spread over contexts (exp of the entropy at least {FEW_CONTEXTS}), or the KL term does nothing"
+        rule = f"must spread over at least {FEW_CONTEXTS} contexts (exp of the entropy), or the KL term has no effect"
         step = "Use more, and more different, templates, or a lower train.context_scale."
         found.add("warning", "prompts.templates", rule, f"{contexts:.2f}", step)
     found.findings += zero_shot_findings(found.zero_shot)

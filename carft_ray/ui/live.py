@@ -178,7 +178,7 @@ class SearchView:
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
-            yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
+            yield Text("  running trials: accuracies on a subset, at the best of a few alphas", style="dim")
         is_low = height < 12
         if self._started is not None and not is_low:
             yield self._bar(self._started.num_trials, min(width - 8, BAR_WIDTH), can_star)

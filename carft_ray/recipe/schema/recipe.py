@@ -51,7 +51,7 @@ class ResourcesConfig(Config):
     num_workers: PositiveInt = key(1, 1, HOW_FAST)
     """workers of one trial; 1 with `inline` and `debug`"""
     cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(None, 4, HOW_FAST)
-    """CPU cores per worker, at least 0.0001, for making its views; null: 1 without GPUs, else the same share of a
+    """CPU cores per worker, at least 0.0001, to decode and crop images; null: 1 without GPUs, else the same share of a
     node's cores as of its GPUs, on the node that has the fewest cores per GPU when the search starts"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(None, 0.5, HOW_FAST)
     """GPUs per worker: a whole number, or with one worker a share of one GPU, at least 0.0001 (with 0.3, three trials
@@ -64,7 +64,7 @@ class ResourcesConfig(Config):
     the head, and then for the first nodes on which a trial fits; null: without limit if an autoscaler may add nodes,
     else not at all"""
     threads: PositiveInt | None = key(None, 1, HOW_FAST)
-    """threads per worker, for making views and for computing on a CPU; null: `cpus_per_worker`"""
+    """threads per worker, to decode and crop images and to compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
     needs one keeps it in the cache of its node, and later trainings read it; auto: stored if several trainings share

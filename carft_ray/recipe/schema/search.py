@@ -373,7 +373,7 @@ class ObjectiveConfig(Config):
         0.005, 0.01, Resume("identity", "the claim of a confirm is fixed before its result is seen")
     )
     """in `confirm` and `test`: the largest loss of ID accuracy, by the 95 % interval, that counts as "keeps ID"; it
-    ranks nothing"""
+    affects no ranking"""
     best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
     """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
     tolerance: Fraction = key(0.005, 0.01, BEST)

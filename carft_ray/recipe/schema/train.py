@@ -136,7 +136,7 @@ class TrainConfig(Config):
     CPU every training does"""
     checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
     """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); null: one at the end of every
-    epoch. A training also writes one when it is told to stop or to leave its node"""
+    epoch. A training also writes one if it must stop or leave its node"""
     function: Annotated[str | None, BeforeValidator(_function)] = key(
         None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
     )
@@ -192,8 +192,8 @@ class EvaluateConfig(Config):
     every_epochs: NonNegativeInt | None = key(
         None, 2, Resume("identity", "a pruner can cut a training only at an evaluation")
     )
-    """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, where the
-    evaluation is always full; null: 1 with a pruner, else 0"""
+    """epochs between evaluations on a subset, at the best of alpha .25, .5, .75, 1; 0: only at the end; null: 1 with a
+    pruner, else 0. The evaluation at the end always uses all images"""
     subset: PositiveInt = key(
         250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )

@@ -379,14 +379,14 @@ def against_baseline(
     if recipe.search.objective.kind == "pareto":
         weight = recipe.search.objective.id_weight
         of = f" by {weight:g} ID + {1 - weight:g} OOD"
-    measured = f"Measured at their alphas{of}, on the images used for selection"
+    measured = f"Best trial and baseline{of}, each at its own alpha, on the images used for selection"
     return {
         "baseline": rival.name,
         "mean": difference.mean,
         "ends": difference.ends,
         "words": difference.words,
         "sentence": sentence,
-        "line": f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
+        "line": f"{measured}: {best.name}: {sentence}; 95 % interval {difference.words}.",
     }
 
 

@@ -131,7 +131,7 @@ def row_lines(found: Mapping[str, Any]) -> list[str]:
 def later_best(found: Mapping[str, Any], best: str) -> list[str]:
     """Returns a line where the best trial is none of the compared: the search went on, or a confirm chose another."""
     compared = {row["name"] for row in found["rows"]}
-    return [] if best in compared else [f"The best trial of the search, {best}, is not in it."]
+    return [] if best in compared else [f"The best trial of the search, {best}, is not in this comparison."]
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
@@ -139,8 +139,8 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     lines, num_adjusted = [], len(found["baselines"]) - 1
     if found["baselines"] or found["others"]:
         lines.append(
-            f"{found['winner']} minus each other one, {found['label']}: objective in points with its 95 % interval. An "
-            "interval that contains 0 shows neither better nor worse."
+            f"{found['winner']} minus each other configuration, {found['label']}: objective in points with its "
+            "95 % interval. An interval that contains 0 shows neither better nor worse."
         )
     for each in (*found["baselines"], *found["others"]):
         tested = ""
@@ -153,19 +153,19 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         adjusted = ""
         if num_adjusted > 1:
             adjusted = (
-                f" The p of the {num_adjusted} other baselines is adjusted for their number (Holm). It decides, even "
-                "if the interval excludes 0."
+                f" The p of the {num_adjusted} other baselines is adjusted for their number (Holm). The adjusted p "
+                "decides, even if the interval excludes 0."
             )
         lines.append(
-            "    p: how often chance alone gives such a difference. Below 0.05 the difference counts as shown. "
-            f"{found['headline_baseline']} was fixed before.{adjusted} Keeps ID: at most "
+            "    p: how often chance alone gives so large a difference. Below 0.05 the difference counts as shown. "
+            f"{found['headline_baseline']} was chosen before this measurement.{adjusted} Keeps ID: at most "
             f"{counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
         )
     for name in found["better_than_winner"]:
-        lines.append(f"{name} is better than the winner by its paired interval; the winner was fixed before and stays.")
+        lines.append(f"By its paired interval {name} is better than the winner. The winner was fixed before and stays.")
     if optimism := found["optimism"]:
         se = "" if optimism["se"] is None else f", standard error {100 * optimism['se']:.1f}"
-        then = f"{100 * optimism['searched']:.1f} in the search, minus its mean over these seeds"
+        then = f"{100 * optimism['searched']:.1f} in the search, minus the winner's mean over these seeds"
         lines.append(f"Optimism of the search: {100 * optimism['value']:+.1f} points{se} ({then}).")
     objectives = [row["objective"] for row in found["rows"]]
     num_seeds = max(each["num_seeds"] for each in objectives)
@@ -181,7 +181,7 @@ def headline_line(found: Mapping[str, Any]) -> str:
     against = next((each for each in found["baselines"] if each["other"] == found["headline_baseline"]), None)
     if against is None:
         return ""
-    return f"{found['headline']}; {found['label']}; 95 %, {against['objective']['over']}."
+    return f"{found['headline']}; {found['label']}; 95 % interval {against['objective']['over']}."
 
 
 def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
