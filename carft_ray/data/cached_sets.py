@@ -158,7 +158,7 @@ class PackedSource(DerivedSource):
                 pixels = source.pixels(index)
                 return _smaller(pixels, short_side) or _png(pixels), True
             content = stored.content(index)
-            smaller = None if short_side is None else _smaller(stored.decode(content, index), short_side)
+            smaller = None if short_side is None else _smaller(stored.decoded(content, index)[0], short_side)
             return (content, False) if smaller is None else (smaller, True)
 
         makes = [short_side, QUALITY, DECODERS] if short_side or stored is None else []
@@ -180,7 +180,7 @@ class PackedSource(DerivedSource):
         content = self.packed_bytes(index)
         if self._stored is None or self._is_made[index]:
             return decode_image(content, self.place(index), PILLOWS_LIMIT)
-        return self._stored.decode(content, index)
+        return self._stored.decoded(content, index)[0]
 
     def packed_bytes(self, index: int) -> bytes:
         """Returns the bytes of image ``index`` as they were packed."""

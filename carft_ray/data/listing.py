@@ -272,18 +272,14 @@ class StoredSource:
         Raises:
             DataError: The image cannot be read.
         """
-        return self.decode(self.content(index), index)
+        return self.decoded(self.content(index), index)[0]
 
-    def decode(self, content: bytes, index: int) -> PixelArray:
-        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes.
+    def decoded(self, content: bytes, index: int) -> tuple[PixelArray, str]:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes, and Pillow's mode of the file.
 
         Raises:
             DataError: They are no image.
         """
-        return self.decoded(content, index)[0]
-
-    def decoded(self, content: bytes, index: int) -> tuple[PixelArray, str]:
-        """Returns the pixels of ``decode``, whose arguments and errors it has, and Pillow's mode of the file."""
         return FORMS[self.listing.form](content, self.place(index), self.max_pixels)
 
     def without(self, unwanted: Sequence[int]) -> "StoredSource":

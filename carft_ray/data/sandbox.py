@@ -136,7 +136,6 @@ class Attributes:
 
     Attributes:
         domain: A key of ``DOMAINS``.
-        class_name: A name of ``CLASSES``.
         figure_colour: A key of ``COLOURS``.
         ground_colour: A name of ``GROUND_COLOURS``, never the figure's.
         scale: Extent of the figure as a fraction of the frame, before rotation.
@@ -146,7 +145,6 @@ class Attributes:
     """
 
     domain: str
-    class_name: str
     figure_colour: str
     ground_colour: str
     scale: float
@@ -225,7 +223,7 @@ def render(domain: str, split: str, class_name: str, index: int) -> tuple[PixelA
         KeyError: The domain or the class is unknown.
     """
     rng = np.random.Generator(np.random.Philox(key=_key(domain, split, class_name, index)))
-    shown = _attributes(rng, domain, class_name)
+    shown = _attributes(rng, domain)
     large, finish = _STYLES[domain]
     mask = draw_mask(class_name, _DRAWN, shown.scale, shown.angle, shown.mirrored, shown.centre)
     figure, ground = _tint(rng, shown.figure_colour), _tint(rng, shown.ground_colour)
@@ -273,7 +271,7 @@ def _key(domain: str, split: str, class_name: str, index: int) -> Any:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u8")
 
 
-def _attributes(rng: np.random.Generator, domain: str, class_name: str) -> Attributes:
+def _attributes(rng: np.random.Generator, domain: str) -> Attributes:
     u = rng.random(9).tolist()
     figure = list(COLOURS)[int(u[0] * len(COLOURS))]
     others = [colour for colour in GROUND_COLOURS if colour != figure]
@@ -284,7 +282,7 @@ def _attributes(rng: np.random.Generator, domain: str, class_name: str) -> Attri
     slack = (1 - scale) * 0.8
     centre = (0.5 + slack * (u[6] - 0.5), 0.5 + slack * (u[7] - 0.5))
     sign, mirrored = (1.0 if u[8] < 0.5 else -1.0), int(u[8] * 4) % 2 == 1
-    return Attributes(domain, class_name, figure, ground, scale, sign * lean, mirrored, centre)
+    return Attributes(domain, figure, ground, scale, sign * lean, mirrored, centre)
 
 
 # How a domain is drawn at 64 pixels -> float32 [64, 64, 3], 0 to 255.

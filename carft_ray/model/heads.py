@@ -6,8 +6,6 @@ templates and class words), the device, its threads and its precision, and the v
 Shape letters: T templates (contexts), C classes, D embedding width, M = C + T, L tokens of a sentence.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,7 +153,7 @@ def cached_heads(
 
 
 def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], device: torch.device) -> str:
-    words = hashlib.blake2b(json.dumps([list(class_names), list(templates)]).encode(), digest_size=16).hexdigest()
+    words = cache.key_of([list(class_names), list(templates)])
     versions = environment.versions_of(("torch", "open_clip_torch", "transformers", "timm"))
     computed = [BATCH_SIZE, *computed_on(device), versions]
     return cache.key_of(["heads", FORMAT_VERSION, model_key(clip), tokenizer_hash(clip), words, computed])

@@ -3,10 +3,9 @@
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
@@ -101,10 +100,14 @@ class Copy(Bucket):
         here = files_in(folder)
         wanted = (name for name in there if name not in kept and (name in here or is_needed(name, need)))
         new = {name: there[name].num_bytes for name in wanted}
-        for name in here.keys() - there.keys() if removes and need != STATE else ():
+        for name in here - there.keys() if removes and need != STATE else ():
             if self.stat(name) is None:  # a listing may lack what is there
                 files.remove(folder / name)
-        _each(lambda name: self.download(name, folder / name), new, tell)
+        done, total = 0, sum(new.values())
+        with ThreadPoolExecutor(THREADS) as pool:
+            for name, _ in zip(new, pool.map(lambda name: self.download(name, folder / name), new), strict=True):
+                done += new[name]
+                tell(done, total)
         return there
 
     def _state(self) -> dict[str, Listed]:
@@ -152,24 +155,15 @@ def is_needed(name: str, need: int) -> bool:
     return need >= IMAGES or PREDICTIONS.partition("/")[0] not in pieces
 
 
-def files_in(folder: Path) -> dict[str, int]:
-    """Returns names and sizes of the files of a study, without the log and what is half written."""
-    found = {}
+def files_in(folder: Path) -> set[str]:
+    """Returns the names of the files of a study, without the log and what is half written."""
+    found = set()
     with files.writing(folder):
         for path in files.whole_files(folder, COMMITS):
             with contextlib.suppress(FileNotFoundError):  # it is gone by now
-                if stat.S_ISREG((state := path.lstat()).st_mode):
-                    found[path.relative_to(folder).as_posix()] = state.st_size
+                if stat.S_ISREG(path.lstat().st_mode):
+                    found.add(path.relative_to(folder).as_posix())
     return found
-
-
-def _each(work: Callable[[Any], object], sizes: Mapping[Any, int], tell: Tell = lambda done, total: None) -> None:
-    """Does the keys of ``sizes``, some at a time; tells of the sums of their sizes."""
-    done, total = 0, sum(sizes.values())
-    with ThreadPoolExecutor(THREADS) as pool:
-        for key, _ in zip(sizes, pool.map(work, sizes), strict=True):
-            done += sizes[key]
-            tell(done, total)
 
 
 def _holds(names: Iterable[str]) -> str:

@@ -89,15 +89,12 @@ class Log(BaseJournalBackend):
     def __str__(self) -> str:
         return str(self.store)
 
-    def claim(self, tell: Callable[[str], None] = lambda text: None, me: Mapping[str, Any] | None = None) -> int:
+    def claim(self, tell: Callable[[str], None] = lambda text: None, me: Mapping[str, Any] | None = None) -> None:
         """Makes this process the owner: reads all, and waits while the last owner may be alive.
 
         Args:
             tell: Told once what is waited for, and from whom the study was taken over.
             me: The ``identity`` of this process.
-
-        Returns:
-            The number of the commit by which it became the owner.
 
         Raises:
             StorageError: Another search goes on, or the log is damaged or cannot be read or written.
@@ -121,7 +118,7 @@ class Log(BaseJournalBackend):
                     _OWNERS.add(self._nonce)
                     if nonce:
                         tell(f"took over from {named(before)}, which is gone")
-                    return self.number
+                    return
                 self._read_on()
                 since, has_grown = self._clock(), False
             elif has_grown or is_seen(before):

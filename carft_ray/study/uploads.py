@@ -146,7 +146,7 @@ class Driven(Copy):
             names = [name for name in there if name != RAY_LOG] if MANIFEST in there else []
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
             names = [name for name in names if name not in self._forgotten and (is_last or not self._waits(name))]
-            names.sort(key=_is_late)
+            names.sort(key=lambda name: (_is_late(name), name))
             for name in names:
                 if self.log.is_unknown:
                     return

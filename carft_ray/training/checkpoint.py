@@ -139,8 +139,6 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
     folder = checkpoint_dir / f"{ATTEMPT}{attempt}" / f"{STEP}{checkpoint.step:08d}"
     if files.exists(folder):
         return folder
-    with files.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
     with files.new_folder(folder) as temporary:
         parts = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
         parts |= {AVERAGE: checkpoint.average} if checkpoint.average else {}

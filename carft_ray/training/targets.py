@@ -23,7 +23,6 @@ Shape letters: B images of a worker's part of a batch, K images of a block, T co
 """
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -40,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from carft_ray import environment
-from carft_ray.data.cache import own_folder
+from carft_ray.data.cache import key_of, own_folder
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.model.classifier import ImageClassifier, build_classifier
@@ -104,7 +103,7 @@ def store_dir(
         [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, dtype],
         [device.type, *computed_on(device)],
     ]
-    return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return folder / key_of(parts)
 
 
 def by_batches(train: TrainConfig, device: torch.device, store: Path | None) -> bool:

@@ -46,14 +46,9 @@ def as_html(*parts: RenderableType) -> str:
     return _printed(parts).export_html(inline_styles=True, code_format=_FORM)
 
 
-def framed(page: str, height: int = 720) -> str:
-    """Returns a whole HTML page as a frame inside a notebook.
-
-    Args:
-        page: The page.
-        height: Pixels.
-    """
-    style = f"width:100%;height:{height}px;border:0"
+def framed(page: str) -> str:
+    """Returns a whole HTML page as a frame inside a notebook."""
+    style = "width:100%;height:720px;border:0"
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}" sandbox="allow-scripts"></iframe>'
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import FOLDERS
+from carft_ray.recipe.schema.search import total_violation
 from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.verdict_card import verdict
@@ -108,7 +109,7 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         [
             *(row[key] for key in kept),
-            _missed(row),
+            total_violation(row["metrics"]),
             *(row["values"].get(name) for name in values),
             *(row["metrics"].get(name) for name in metrics),
         ]
@@ -149,14 +150,9 @@ def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the trials that stand in the page without JavaScript: the best, then others in their order."""
 
     def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, float]:
-        return not row["best"], row["objective"] is None, _missed(row), -(row["objective"] or 0.0)
+        return not row["best"], row["objective"] is None, total_violation(row["metrics"]), -(row["objective"] or 0.0)
 
     return sorted(document["trials"], key=rank)[:NUM_STATIC]
-
-
-def _missed(row: Mapping[str, Any]) -> float:
-    """Returns by how much a trial misses all constraints together."""
-    return sum((max(0.0, value) for value in row["violations"].values()), 0.0)
 
 
 def figure_svg(view: Overview) -> bytes:
