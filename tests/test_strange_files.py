@@ -4,6 +4,7 @@ Of their tables nothing is unpickled, no other memory is read, and a damaged pag
 """
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -101,12 +102,21 @@ def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here)
         assert rule in told(open_set, source="table", path="table.csv")
 
 
+def pax(kind, records):
+    return tar_header("x", kind, len(records)) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+
+
+GLOBAL = b"".join(b"9 %03d=ab\n" % number for number in range(101))
 NO_ARCHIVE = "x.tar: must be a whole tar archive"
 # a shard that would be read for ever, or whose names are no text; how much follows; the message
 ODD_SHARDS = {
     "a header of 20 gigabytes": (tar_header("x", tarfile.XHDTYPE, 20 * 2**30), 21 * 2**30, NO_ARCHIVE),
     "size below zero": (tar_header("0.png", size=-512), 10240, NO_ARCHIVE),  # which would lead back to itself
     "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, 0, NO_ARCHIVE),  # endless
+    "many global records": (pax(tarfile.XGLTYPE, GLOBAL) + tar_header("0.png"), 10240, NO_ARCHIVE),
+    "a megabyte of digits": (pax(tarfile.XHDTYPE, b"1" * 2**20), 10240, NO_ARCHIVE),  # hours, as the next two
+    "records within each other": (pax(tarfile.XHDTYPE, b"3 a" * 2**18 + b"="), 10240, NO_ARCHIVE),
+    "many character sets": (pax(tarfile.XHDTYPE, b"2 hdrcharset=" * 2**16), 10240, NO_ARCHIVE),
     "name that is no text": (tar_header("\udcff.png"), 10240, "the name of a file must be text in UTF-8"),
 }
 
@@ -115,6 +125,17 @@ ODD_SHARDS = {
 def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, more, rule):
     sparse(here / "x.tar", len(content) + more, content)
     assert rule in told(open_set, source="webdataset", path="x.tar")
+
+
+def test_a_shard_with_ordinary_extended_headers_is_read(here):
+    name = "x" * 1100  # its record has more than a block
+    with tarfile.open("x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "f" * 600}) as archive:
+        for ending, content in (("png", IMAGES[0].content), ("cls", b"0")):
+            member = tarfile.TarInfo(f"{name}.{ending}")
+            member.size, member.mtime = len(content), 1.25
+            archive.addfile(member, io.BytesIO(content))
+    source = open_set(source="webdataset", path="x.tar", class_names=["cat"])
+    assert [source.content(index) for index in range(len(source))] == [IMAGES[0].content]
 
 
 def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):

@@ -41,6 +41,10 @@ _ENDINGS = (".tar", *_COMPRESSED)
 _STEP = "Expected: shards, such as path: shards/{000..012}.tar, or the folder that contains them."
 _COMPRESSED_STEP = "Unpack it (gunzip), or write it again without compression, which does not make images smaller."
 _LARGEST_LABEL, _LARGEST_HEADER = 2**20, 2**20  # bytes
+_MOST_GLOBAL = 100  # records of global headers, which ``tarfile`` gives to each file
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_KIND_AT = 156  # place of the type in a header
+_RECORD = re.compile(rb"(\d{1,7}) [^=\n\0]{1,1024}=")  # of a PAX header: its length and its keyword
 _ALONE = "a shard must not be compressed: its images could not be read one by one"
 _INDEX = pa.schema({"name": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.string()})
 Spot = Callable[[int], str]
@@ -165,6 +169,10 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     try:
         with open_regular(shard) as file, _archive(file) as archive:
             for member in archive:
+                if len(archive.pax_headers) > _MOST_GLOBAL:
+                    raise tarfile.ReadError("too many global headers")
+                archive.members.clear()  # with ``pax_headers`` they take far more memory than the file
+                member.pax_headers = {}
                 if member.size < 0:  # would lead back, without end
                     raise tarfile.ReadError("a negative size")
                 if not _is_text(member.name):
@@ -205,12 +213,31 @@ class _Headers:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
+        self._kind = b""  # of the last header
 
     def read(self, size: int = -1) -> bytes:
-        """Raises ``tarfile.ReadError`` for a header of no size or of more than a megabyte."""
+        """Raises ``tarfile.ReadError`` for a header of no size or of more than a megabyte, and for damaged records."""
         if not 0 <= size <= _LARGEST_HEADER:
             raise tarfile.ReadError("too large a header")
-        return self._file.read(size)
+        data = self._file.read(size)
+        if size == tarfile.BLOCKSIZE:
+            self._kind = data[_KIND_AT : _KIND_AT + 1]
+        elif self._kind in _PAX:
+            _require_records(data)
+        return data
+
+
+def _require_records(data: bytes) -> None:
+    """Raises ``tarfile.ReadError`` for a PAX header that ``tarfile`` may read for hours (CVE-2024-6232)."""
+    is_damaged = re.search(rb"\d{200}", data) is not None or data.count(b" hdrcharset=") > 1
+    place = 0
+    while not is_damaged and place < len(data) and data[place]:
+        found = _RECORD.match(data, place)
+        length = int(found[1]) if found else 0
+        is_damaged = found is None or length <= found.end() - place
+        place += length
+    if is_damaged:
+        raise tarfile.ReadError("damaged records")
 
 
 def _content(shard: Path, offset: int, size: int) -> bytes:
