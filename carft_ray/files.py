@@ -233,12 +233,18 @@ def append_line(path: Path, line: str, is_flushed: bool = True) -> None:
         is_flushed: The line survives a power failure, once this returns.
 
     Raises:
-        StorageError: The line cannot be written.
+        StorageError: The line cannot be written, or the incomplete one has more than ``MOST_JSON_BYTES``.
     """
     with writing(path), open(path, "a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            file.truncate(os.pread(file.fileno(), size, 0).rfind(b"\n") + 1)
+        size = whole = file.seek(0, os.SEEK_END)
+        while whole and os.pread(file.fileno(), 1, whole - 1) != b"\n":
+            if size - whole > MOST_JSON_BYTES:
+                rule = f"must have lines of at most {MOST_JSON_BYTES:,} bytes"
+                raise StorageError(Problem(str(path), rule, "a longer one", next_step="Remove it, or restore it."))
+            begin = max(0, whole - MOST_LINE_BYTES)
+            whole = begin + os.pread(file.fileno(), whole - begin, begin).rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
         file.write(line.encode() + b"\n")
         file.flush()
         if is_flushed:

@@ -156,6 +156,19 @@ def test_an_append_after_a_crash_in_the_middle_of_a_line_keeps_every_whole_line(
         assert len(files.read_json_lines(path.parent, path.name)) == len(path.read_bytes().splitlines()) == whole + 1
 
 
+def test_an_append_to_a_file_without_an_end_of_line_takes_no_memory_of_its_size(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    for rest in (2**16 - 1, 2**16, 2**16 + 1, 2**18):
+        path.write_bytes(b"{}\n" + b"x" * rest)
+        files.append_line(path, "[]")
+        assert path.read_bytes() == b"{}\n[]\n"
+    monkeypatch.setattr(files, "MOST_JSON_BYTES", 2**20)
+    with open(path, "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(StorageError, match="rows.jsonl: must have lines of at most 1,048,576 bytes, but got a longer"):
+        files.append_line(path, "[]")
+
+
 def fill(path, write):
     with files.new_folder(path) as folder:
         write(folder / "a")

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
-from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, LOG, RESULT
+from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, LOG, PREDICTIONS, RESULT
 from carft_ray.recipe.schema.search import total_violation
 from carft_ray.store.record import append_log, read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome
 
 Kind = Literal["trial", "baseline", "confirm"]
+_MOST_PREDICTIONS = 2**32  # bytes; ``evaluation.predictions`` reads no more
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def result_of(study_dir: Path, row: TrialRow) -> dict[str, Any]:
     if found is None or found[1] != row.digest:
         raise StorageError(_not_recorded(place))
     content = typed.checked(typed.Result, found[0], str(place))
+    if (said := content.get("files", {}).get(PREDICTIONS, {}).get("bytes", 0)) > _MOST_PREDICTIONS:
+        raise typed.wrong(str(place), f"files.{PREDICTIONS}.bytes: must be at most {_MOST_PREDICTIONS:,}", said)
     for metrics in (content["metrics"], *(content.get("curve") or ())):
         typed.check_accuracies(metrics, str(place))
     if any("alpha" not in point for point in content.get("curve") or ()):
