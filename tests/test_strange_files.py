@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,12 @@ from mutations import Evil, pickled
 from sources import open_set, told
 
 from carft_ray import files
+from carft_ray.data.benchmarks import layouts
 from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.launch import ray_private
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.untrusted import parse_json, read_regular, read_text
 
@@ -200,6 +203,21 @@ def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
         with pytest.raises(StorageError, match=rule):
             files.read_json(here, name)
         assert files.read_object(here, name) is None
+
+
+# ---- files of benchmarks and of the cache
+
+
+def test_a_batch_of_cifar_that_is_far_too_large_or_a_pipe_is_told(here):
+    def batch():
+        spec = SimpleNamespace(split="test")
+        return told(layouts.cifar10, here, spec, BENCHMARKS["cifar10"], "data.train")
+
+    sparse(here / "test_batch.bin", 3073 * 1_000_001)
+    assert "test_batch.bin: must have at most 1,000,000 images, but got 1,000,001" in batch()
+    os.remove("test_batch.bin")
+    os.mkfifo("test_batch.bin")
+    assert f"test_batch.bin: {REGULAR}a pipe" in batch()
 
 
 # ---- tables that hold what is pickled

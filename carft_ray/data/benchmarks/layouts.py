@@ -35,12 +35,13 @@ from carft_ray.data.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import Benchmark
 from carft_ray.recipe.schema.data import BenchmarkSet
-from carft_ray.untrusted import parse_json, read_regular, read_text
+from carft_ray.untrusted import open_regular, parse_json, read_regular, read_text
 from carft_ray.words import counted
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "See docs/data.md for the layout of each benchmark."
 MOST_LIST_BYTES = 2**28  # of a list of images; the longest that a benchmark comes with has 40 MB
+MOST_CIFAR_IMAGES = 1_000_000  # of a file; CIFAR's have at most 50,000
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -402,7 +403,11 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Benchmark) -> 
 def _cifar_labels(path: Path, row_bytes: int, position: int) -> list[int]:
     """Returns the label of each row of a file: the byte at a position of the row."""
     try:
+        open_regular(path).close()
         size = path.stat().st_size
+        if size // row_bytes > MOST_CIFAR_IMAGES:
+            rule = f"must have at most {MOST_CIFAR_IMAGES:,} images"
+            raise DataError(Problem(str(path), rule, f"{size // row_bytes:,}"))
         if not size or size % row_bytes:
             rule = f"must contain whole images of {row_bytes} bytes"
             raise DataError(Problem(str(path), rule, f"{size} bytes", next_step="Unpack the archive again."))
