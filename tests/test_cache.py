@@ -394,6 +394,27 @@ def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(
     assert listed["num_bytes"] == answer["num_bytes"] == sum(entry["num_bytes"] for entry in listed["entries"])
 
 
+ODD = [{"key": "x", "last_used": 1, "num_bytes": 1, "in_use": True}, {"num_images": "x", "created": "x"}, [], 3]
+ODD += [
+    {"name": 3, "kind": None, "source": [], "num_images": 1.5, "created": 1e300},
+    {"num_images": -1, "created": True},
+]
+
+
+@pytest.mark.parametrize("about", [*map(json.dumps, ODD), '{"created": NaN}', "[" * 100_000])
+def test_an_entry_of_a_strangers_cache_says_only_what_can_be(run, tmp_path, about):
+    path = tmp_path / f"{'0' * 32}.arrow"
+    about = about if about.startswith("[[") else about.replace("{", '{"image_size": "8 x 8", "created": 1e9, ', 1)
+    with pa.ipc.new_file(str(path), pa.schema([], metadata={"about": about, "x": '"created": '})):
+        pass
+    code, out, _ = run("data", "ls", "--cache", tmp_path, "--json")
+    assert code == 0
+    (entry,) = json.loads(out)["entries"]
+    assert (entry["key"], entry["num_bytes"]) == ("0" * 32, path.stat().st_size)
+    assert (entry["kind"], entry["name"], entry["source"], entry["num_images"]) == ("unknown", "", "", 0)
+    assert run("data", "ls", "--cache", tmp_path)[0] == 0
+
+
 NOTE = f"records-{'0' * 32}.arrow"
 
 

@@ -165,7 +165,9 @@ def test_an_append_to_a_file_without_an_end_of_line_takes_no_memory_of_its_size(
     monkeypatch.setattr(files, "MOST_JSON_BYTES", 2**20)
     with open(path, "wb") as file:
         file.truncate(10**12)
-    with pytest.raises(StorageError, match="rows.jsonl: must have lines of at most 1,048,576 bytes, but got a longer"):
+    with pytest.raises(
+        StorageError, match=r"rows\.jsonl: must have lines of at most 1,048,576 bytes, but got a longer"
+    ):
         files.append_line(path, "[]")
 
 

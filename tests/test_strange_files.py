@@ -21,6 +21,7 @@ from sources import open_set, told
 
 from carft_ray import files
 from carft_ray.data.benchmarks import layouts
+from carft_ray.data.file_index import open_table
 from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
@@ -218,6 +219,11 @@ def test_a_batch_of_cifar_that_is_far_too_large_or_a_pipe_is_told(here):
     os.remove("test_batch.bin")
     os.mkfifo("test_batch.bin")
     assert f"test_batch.bin: {REGULAR}a pipe" in batch()
+
+
+def test_a_pipe_among_the_notes_of_the_cache_counts_as_damaged(here):
+    os.mkfifo("records.arrow")
+    assert open_table(here / "records.arrow") is None
 
 
 # ---- tables that hold what is pickled

@@ -26,7 +26,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ import pyarrow as pa
 from carft_ray.errors import Problem, StorageError
 from carft_ray.files import NO_FLOCK, new_file, writing
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.untrusted import parse_json
 
 GB = 10**9  # bytes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
@@ -42,6 +43,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lo
 _KEY = re.compile(r"[0-9a-f]{32}")  # of ``key_of``
 _ENTRY = re.compile(r"([0-9a-f]{32})\.arrow")
 _ABOUT = "about"  # key of the metadata
+_TEXTS = ("kind", "name", "source", "image_size")  # in them
+_NUMBERS = {"num_images": (int,), "created": (int, float)}
+_LARGEST = 1e10  # of a number; of seconds since 1970 it is the year 2286
 _ENTRY_BEGINS, _HEAD_BYTES = b"ARROW1", 2**16  # the metadata are in the first bytes of a file
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.arrow\..*\.tmp")
 _NOTES = re.compile(r"records-[0-9a-f]{32}(\.arrow|(\.\d+)?\.part)|overlap-[0-9a-f]{32}\.json")  # of ``data.records``
@@ -455,13 +459,18 @@ def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str, o
 def _entry(path: Path, key: str, state: os.stat_result) -> Entry:
     known: dict[str, Any] = {}
     with (
-        contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError, TypeError),
+        contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError),
         pa.memory_map(str(path)) as file,
     ):
-        about = json.loads(pa.ipc.open_file(file).schema.metadata[_ABOUT.encode()])
-        known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
+        about = parse_json(pa.ipc.open_file(file).schema.metadata[_ABOUT.encode()])
+        known = {name: about[name] for name in _TEXTS if isinstance(about.get(name), str)}
+        known |= {name: about[name] for name, kinds in _NUMBERS.items() if _is_number(about.get(name), kinds)}
     with _alone(path) as free:
         return Entry(key=key, last_used=state.st_mtime, num_bytes=state.st_size, in_use=not free, **known)
+
+
+def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and 0 <= value <= _LARGEST
 
 
 @contextlib.contextmanager

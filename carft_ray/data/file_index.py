@@ -104,9 +104,10 @@ def write_file(path: Path, table: pa.Table) -> None:
 
 
 def open_table(path: Path) -> pa.Table | None:
-    """Maps an Arrow file into memory; None when it is missing or damaged."""
+    """Maps an Arrow file into memory; None when it is missing, damaged or no regular file."""
     try:
+        open_regular(path).close()  # Arrow would wait for the writer of a pipe
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowException):
+    except (OSError, DataError, pa.ArrowException):
         return None
