@@ -17,6 +17,7 @@ import pytest
 import short_training
 from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table, write_tar
 from mutations import Evil, pickled
+from scipy.io import savemat
 from sources import open_set, told
 
 from carft_ray import files
@@ -219,6 +220,18 @@ def test_a_batch_of_cifar_that_is_far_too_large_or_a_pipe_is_told(here):
     os.remove("test_batch.bin")
     os.mkfifo("test_batch.bin")
     assert f"test_batch.bin: {REGULAR}a pipe" in batch()
+
+
+def test_a_list_of_matlab_that_unpacks_to_far_more_is_told(here, monkeypatch):
+    monkeypatch.setattr(layouts, "MOST_LIST_BYTES", 2**16)
+    few = {"labels": np.arange(3), "other": np.zeros(9)}
+    for content, is_packed in ((few, True), (few, False), ({**few, "zeros": np.zeros(2**14)}, True)):
+        savemat(here / "labels.mat", content, do_compression=is_packed)
+        if "zeros" not in content:
+            assert layouts.read_matlab(here / "labels.mat", "labels") == [0, 1, 2]
+    assert "comes with, but got ValueError: more than 65,536 bytes, unpacked" in told(
+        layouts.read_matlab, here / "labels.mat", "labels"
+    )
 
 
 def test_a_pipe_among_the_notes_of_the_cache_counts_as_damaged(here):

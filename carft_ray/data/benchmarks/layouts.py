@@ -20,6 +20,8 @@ should be.
 import hashlib
 import io
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +43,7 @@ from carft_ray.words import counted
 KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "See docs/data.md for the layout of each benchmark."
 MOST_LIST_BYTES = 2**28  # of a list of images; the longest that a benchmark comes with has 40 MB
+_MI_COMPRESSED = 15  # of a MATLAB file: kind of an element that zlib has packed
 MOST_CIFAR_IMAGES = 1_000_000  # of a file; CIFAR's have at most 50,000
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
 DEVKIT = "ILSVRC2012_devkit_t12/data"
@@ -127,10 +130,12 @@ def read_matlab(path: Path, *keys: str) -> Any:
     """Returns one variable of a MATLAB file, or a field of a structure that it is: a list of its values.
 
     Raises:
-        DataError: It cannot be read, or has no such variable.
+        DataError: It cannot be read, has no such variable, or has more than ``MOST_LIST_BYTES`` without compression.
     """
     try:
-        value = scipy.io.loadmat(io.BytesIO(read_regular(path, MOST_LIST_BYTES)), squeeze_me=True)
+        content = read_regular(path, MOST_LIST_BYTES)
+        _require_few_bytes(content)
+        value = scipy.io.loadmat(io.BytesIO(content), squeeze_me=True, variable_names=keys[:1])
         for key in keys:
             value = value[key]
         return [one.item() if hasattr(one, "item") else one for one in value.reshape(-1).tolist()]
@@ -138,6 +143,23 @@ def read_matlab(path: Path, *keys: str) -> Any:
         raise
     except Exception as error:  # loadmat raises of every kind on damaged files
         raise unreadable_list(path, error) from error
+
+
+def _require_few_bytes(content: bytes) -> None:
+    """Raises ``ValueError`` for a MATLAB file whose compressed variables hold more than ``MOST_LIST_BYTES`` together.
+
+    Elements of version 5 follow each other behind the header: kind, size, content. Files of version 4, which have a
+    zero among the first four bytes, are not compressed.
+    """
+    tag, place, left = "<II" if content[126:128] == b"IM" else ">II", 128, MOST_LIST_BYTES
+    while 0 not in content[:4] and place < len(content):
+        kind, size = struct.unpack_from(tag, content, place)
+        place += struct.calcsize(tag)
+        if kind == _MI_COMPRESSED:
+            left -= len(zlib.decompressobj().decompress(content[place : place + size], left + 1))
+        if left < 0:
+            raise ValueError(f"more than {MOST_LIST_BYTES:,} bytes, unpacked")
+        place += size
 
 
 def unreadable_list(path: Path, error: Exception) -> DataError:
