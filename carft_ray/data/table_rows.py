@@ -15,10 +15,12 @@ import io
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -32,7 +34,8 @@ READ_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError, csv.Error)  
 MOST_CSV_BYTES, _HEAD = 2**30, 2**20  # of a CSV file, and of its first line
 MOST_ROWS = 50_000_000  # of a file: a small one can state billions, and what is known of each is held in memory
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_ROWS, _RECENT = 32, 8  # rows of a Parquet file that are read at a time, and how many such parts stay in memory
+_TEXT_ROWS = 2**16  # rows of a Parquet file that are read at a time where no image is among them
+_ROWS, _RECENT, _RECENT_BYTES = 8, 32, 2**26  # otherwise, and how many such parts stay in memory
 
 
 def is_text_format(path: Path) -> bool:
@@ -84,7 +87,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     """Reads columns of a file whole; ``NAME.FIELD`` is the field of a struct.
 
     Raises:
-        READ_ERRORS: It is damaged, or a column has an extension type.
+        READ_ERRORS: It is damaged, a column has an extension type, or the texts have more than ``MOST_CSV_BYTES``.
         DataError: It is no regular file, or a CSV file too large to be read whole.
     """
     schema = read_schema(path)
@@ -94,24 +97,71 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
         if extension := extension_in(schema.field(root)):
             raise ValueError(f"a column {root} with the extension type {extension}: write it again with plain values")
     if is_text_format(path):
-        table = pa.csv.read_csv(
+        parts = pa.csv.read_csv(
             pa.BufferReader(read_regular(path, MOST_CSV_BYTES)),
             parse_options=pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=roots, column_types=dict.fromkeys(roots, pa.string()), strings_can_be_null=False
             ),
-        )
-    else:
-        with _mapped(path) as file:
-            if path.suffix.lower() == ".parquet":
-                parquet = pq.ParquetFile(file)
-                _check_rows(parquet.metadata.num_rows)  # before they are unpacked
-                table = parquet.read(columns=list(wanted))
-            else:
-                table = pa.Table.from_batches(list(_batches(file, roots)), _reader(file, roots).schema)
-            table.validate(full=True)
-    _check_rows(table.num_rows)
-    return pa.table({name: _field(table.column(root), field) for name, (root, field) in wanted.items()})
+        ).to_batches()
+        return _read_parts(parts, wanted)
+    with _mapped(path) as file:
+        is_parquet = path.suffix.lower() == ".parquet"
+        return _read_parts(_parquet_batches(file, wanted) if is_parquet else _batches(file, roots), wanted)
+
+
+def _read_parts(parts: Iterable[pa.RecordBatch], wanted: Mapping[str, tuple[str, str]]) -> pa.Table:
+    """Returns the columns of all parts, texts without dictionaries.
+
+    A repeated text stands once in a small file and in memory, but each row of Python's list has its own.
+
+    Raises:
+        READ_ERRORS: A part is damaged, or there are too many rows or texts.
+    """
+    found, num_rows, num_bytes = [], 0, 0
+    for part in parts:
+        part.validate(full=True)
+        columns = [_field(part.column(root), field) for root, field in wanted.values()]
+        num_rows += part.num_rows
+        _check_rows(num_rows)
+        num_bytes += sum(int(_lengths(values).sum()) for values in columns)
+        if num_bytes > MOST_CSV_BYTES:
+            raise ValueError(f"one with texts of more than {MOST_CSV_BYTES:,} bytes")
+        found.append(pa.record_batch([_without_dictionary(values) for values in columns], list(wanted)))
+    return pa.Table.from_batches(found) if found else pa.table({name: pa.array([]) for name in wanted})
+
+
+def _parquet_batches(file: pa.MemoryMappedFile, wanted: Mapping[str, tuple[str, str]]) -> Iterator[pa.RecordBatch]:
+    said = pq.read_metadata(file)
+    _check_rows(said.num_rows)  # before they are unpacked
+    file.seek(0)
+    leaves = {said.schema.column(index).path for index in range(said.num_columns)}
+    plain = [name for name, (_, field) in wanted.items() if name in leaves and not field]
+    parquet = pq.ParquetFile(file, metadata=said, read_dictionary=plain)  # a repeated text is held once
+    has_fields = any(field for _, field in wanted.values())  # for which pyarrow cannot do that
+    yield from parquet.iter_batches(_ROWS if has_fields else _TEXT_ROWS, columns=list(wanted))
+
+
+def _lengths(values: pa.Array) -> npt.NDArray[np.int64]:
+    """Returns how many bytes the text of each row has; none for a column of something else."""
+    if pa.types.is_dictionary(values.type):
+        lengths = _lengths(values.dictionary)
+        return lengths[values.indices.drop_null().to_numpy()] if len(lengths) else lengths
+    if not len(values) or not _is_text(values.type):
+        return np.zeros(0, np.int64)
+    if str(values.type).endswith("_view"):  # a length and a place, 16 bytes
+        views = np.frombuffer(values.buffers()[1], np.int32)[::4]
+        return views[values.offset : values.offset + len(values)].astype(np.int64)
+    return pa.compute.binary_length(values).fill_null(0).to_numpy().astype(np.int64)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return str(kind).removeprefix("large_").removesuffix("_view") in ("string", "binary")
+
+
+def _without_dictionary(values: pa.Array) -> pa.Array:
+    is_text = pa.types.is_dictionary(values.type) and str(values.type.value_type) in ("string", "large_string")
+    return values.dictionary_decode() if is_text else values
 
 
 def _check_rows(number: int) -> None:
@@ -208,9 +258,12 @@ class ParquetRows:
                 first, values = self._next, self._read_part()
                 self._next += len(values)
                 self._recent[first] = values
-                while len(self._recent) > _RECENT:
+                while len(self._recent) > 1 and (len(self._recent) > _RECENT or self._num_bytes() > _RECENT_BYTES):
                     self._recent.popitem(last=False)
             return _content(values[row - first])
+
+    def _num_bytes(self) -> int:
+        return sum(values.nbytes for values in self._recent.values())
 
     def _read_part(self) -> pa.Array:
         """Reads the next rows. After a damaged page pyarrow reads no more of its row group, which is noted.
