@@ -25,6 +25,7 @@ from carft_ray.store.record import progress_of, progress_words, read_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
+from carft_ray.training import thumbnails
 
 READERS = ("status {} --json", "ls {} --json", "logs {} {best}", "report {} --html --out page.html", "report {} --json")
 
@@ -354,6 +355,30 @@ def test_a_small_file_of_very_many_answers_is_told_before_it_is_read(tmp_path):
     told = r"many.parquet: .* one of 73,400,320 rows; carft-ray reads at most 67,108,864"
     with pytest.raises(StorageError, match=told):
         read_predictions(path)
+
+
+def test_a_long_name_of_a_set_in_very_many_rows_is_told(tmp_path, monkeypatch):
+    """A file of a megabyte held 640 GB of it."""
+    rows = 2**8 + 1
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["x" * 2**16]))
+    zeros = [pa.array(np.zeros(rows)).cast(field.type) for field in list(predictions.SCHEMA)[1:]]
+    path = tmp_path / "validation.parquet"
+    pq.write_table(pa.table([names, *zeros], schema=predictions.SCHEMA), path)
+    assert len(read_predictions(path)) == rows
+    monkeypatch.setattr(predictions, "MOST_TABLE_BYTES", 2**24)
+    told = "the names of sets must have at most 16,777,216 bytes in all rows, but got 16,842,752"
+    with pytest.raises(StorageError, match=told):
+        read_predictions(path)
+
+
+def test_thumbnails_that_unpack_to_far_more_than_they_state_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(thumbnails, "MOST_BYTES", 2**20)
+    path, picture = tmp_path / "thumbnails.parquet", {"set": "id_val", "sample_id": 1, "jpeg": b"x" * 2**16}
+    for rows, kept in ((9, 9), (17, 0)):  # the bytes once, since they have a dictionary
+        pq.write_table(pa.Table.from_pylist([picture] * rows, thumbnails.SCHEMA), path)
+        assert len(thumbnails.read_thumbnails(path)) == kept
+    pq.write_table(pa.table({"other": ["x" * 2**16] * 17}), path)
+    assert thumbnails.read_thumbnails(path).equals(thumbnails.SCHEMA.empty_table())
 
 
 @pytest.mark.parametrize(

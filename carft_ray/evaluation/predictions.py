@@ -25,6 +25,7 @@ from carft_ray.untrusted import open_regular
 FORMAT_VERSION = 4
 LAST_RANK = 5
 MOST_ROWS, MOST_TABLE_BYTES = 2**26, 2**32  # of a file that is read; 2**26 answers take 3 GB of memory
+_ROWS_AT_A_TIME = 2**20  # a row group of ``write_predictions``
 OF_LOGITS = ("prediction", "rank", "confidence", "nll", "sum_p2")
 
 BoolArray = npt.NDArray[np.bool_]
@@ -204,27 +205,42 @@ def write_predictions(path: Path, table: pa.Table) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def read_bounded(path: Path, most_rows: int) -> pa.Table:
-    """Reads a Parquet file of a study, unless its own numbers say that it is too large.
+def read_bounded(path: Path, schema: pa.Schema, most_rows: int, most_bytes: int, rows_at_a_time: int) -> pa.Table:
+    """Reads a Parquet file of a study, unless it is too large.
 
     Args:
         path: The file.
+        schema: Of another one nothing is read; the table is empty.
         most_rows: The limit.
+        most_bytes: The limit, without compression.
+        rows_at_a_time: How many rows are unpacked before their bytes are counted.
 
     Raises:
         StorageError: It is a folder, pipe, device or socket.
-        ValueError: It has more rows, or more than ``MOST_TABLE_BYTES`` without compression.
+        ValueError: It has more rows or bytes.
         OSError, pa.ArrowException: It is missing, damaged, or cannot be read.
     """
     open_regular(path, StorageError).close()
     # Arrow's file, not Python's: its threads free it, and where Python ends meanwhile the whole process aborts
     with pa.OSFile(str(path)) as file, pq.ParquetFile(file) as parquet:
         said = parquet.metadata
-        num_bytes = sum(said.row_group(index).total_byte_size for index in range(said.num_row_groups))
-        for what, limit, value in (("rows", most_rows, said.num_rows), ("bytes", MOST_TABLE_BYTES, num_bytes)):
-            if not 0 <= value <= limit:
-                raise ValueError(f"one of {value:,} {what}; carft-ray reads at most {limit:,}")
-        return parquet.read()
+        groups = [said.row_group(index) for index in range(said.num_row_groups)]
+        _require_at_most("rows", most_rows, said.num_rows)
+        _require_at_most("bytes", most_bytes, sum(group.total_byte_size for group in groups))
+        found = parquet.schema_arrow
+        parts: list[pa.RecordBatch] = []
+        num_rows = num_bytes = 0  # a file may hold more than it states
+        for part in parquet.iter_batches(rows_at_a_time) if found.equals(schema) else ():
+            num_rows, num_bytes = num_rows + len(part), num_bytes + part.nbytes
+            _require_at_most("rows", most_rows, num_rows)
+            _require_at_most("bytes", most_bytes, num_bytes)
+            parts.append(part)
+        return pa.Table.from_batches(parts, found)
+
+
+def _require_at_most(what: str, limit: int, value: int) -> None:
+    if not 0 <= value <= limit:
+        raise ValueError(f"one of {value:,} {what}; carft-ray reads at most {limit:,}")
 
 
 def read_predictions(path: Path) -> pa.Table:
@@ -235,7 +251,7 @@ def read_predictions(path: Path) -> pa.Table:
     """
     step = "Evaluate the model again to write it again."
     try:
-        table = read_bounded(path, MOST_ROWS)
+        table = read_bounded(path, SCHEMA, MOST_ROWS, MOST_TABLE_BYTES, _ROWS_AT_A_TIME)
     except (OSError, ValueError, pa.ArrowException) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise StorageError(Problem(str(path), "must be a readable Parquet file", cause, next_step=step)) from error
@@ -253,6 +269,10 @@ def read_predictions(path: Path) -> pa.Table:
             raise StorageError(Problem(str(path), rule, f"{found['min']} to {found['max']}", next_step=step))
         if pa.types.is_floating(table[name].type) and pc.any(pc.is_nan(table[name])).as_py():
             raise StorageError(Problem(str(path), f"the column {name} must have finite numbers", next_step=step))
+    longest = max((pc.max(pc.binary_length(part.dictionary)).as_py() or 0 for part in table["set"].chunks), default=0)
+    if longest * len(table) > MOST_TABLE_BYTES:  # later code has the name once per row
+        rule = f"the names of sets must have at most {MOST_TABLE_BYTES:,} bytes in all rows"
+        raise StorageError(Problem(str(path), rule, f"{longest * len(table):,}", next_step=step))
     if table["set"].null_count or table["sample_id"].null_count:
         raise StorageError(Problem(str(path), "each row must have a set and a sample id", next_step=step))
     return table

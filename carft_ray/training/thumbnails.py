@@ -21,7 +21,7 @@ from carft_ray.errors import StorageError
 from carft_ray.evaluation.predictions import correct_matrix, read_bounded, sample_ids
 
 SIDE = 96  # pixels of the longer side
-MOST_ROWS = 2**16  # that are read
+MOST_ROWS, MOST_BYTES = 2**16, 2**28  # that are read
 QUALITY = 80  # of JPEG: 1 to 4 kB a picture
 SCHEMA = pa.schema([("set", pa.string()), ("sample_id", pa.uint64()), ("jpeg", pa.binary())])
 
@@ -88,7 +88,7 @@ def _picture(image_set: ImageSet, sample_id: int) -> bytes:
 def read_thumbnails(path: Path) -> pa.Table:
     """Returns the pictures of a training, as ``SCHEMA`` has them; none where it kept none, or they are damaged."""
     try:
-        found = read_bounded(path, MOST_ROWS)
+        found = read_bounded(path, SCHEMA, MOST_ROWS, MOST_BYTES, 1)
     except (OSError, ValueError, StorageError, pa.ArrowException):
         return SCHEMA.empty_table()
     is_whole = found.schema.equals(SCHEMA) and not any(column.null_count for column in found.columns)
