@@ -1,12 +1,16 @@
 """Weights: every form that loads, the trap of QuickGELU, folders of Hugging Face, and what is refused."""
 
+import codecs
 import copy
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 
 import crash_host
 import families
@@ -98,6 +102,55 @@ def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_pa
     text = message(tmp_path / "ViT-B-32.pt")
     assert text.startswith("model.pretrained: must be a file of tensors; a TorchScript archive, such as OpenAI's own")
     assert "torch.jit.load(FILE).state_dict()" in text
+
+
+class Huge:
+    """What torch's unpickler would make of a few bytes: ``bytearray`` of a terabyte, ``encode`` of what was encoded."""
+
+    def __init__(self, function, *args):
+        self.reduced = function, args
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_small_weights_file_that_would_fill_the_memory_is_refused(tmp_path, is_zip):
+    huge = torch.zeros(1).expand(10**6, 10**5)
+    many = {str(number): torch.zeros(1000) for number in range(9)}
+    for name, state, said in (
+        ("stride", {"a": torch.zeros(1), "b": huge}, "b has more numbers than the file contains"),
+        ("checkpoint", {"state_dict": {"b": huge}}, "b has more numbers than the file contains"),
+        ("shared", dict.fromkeys(many, torch.zeros(1000)), "has more numbers than the file contains"),
+        ("sparse", {"b": torch.zeros(9).to_sparse()}, "b must be a dense tensor"),
+        ("bytes", {**many, "c": Huge(bytearray, 10**12)}, "must contain only tensors and plain values"),
+        ("encoded", {**many, "c": Huge(codecs.encode, b"x", "hex")}, "must contain only tensors and plain values"),
+    ):
+        path = tmp_path / f"{name}.pt"
+        torch.save(state, path, _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(DataError, match=said):
+            read_weights(path, "model.pretrained")
+
+
+def test_a_compressed_weights_file_is_refused_and_every_ordinary_one_is_read(tmp_path):
+    path, packed = tmp_path / "a.pt", tmp_path / "b.pt"
+    half = torch.arange(6.0).view(2, 3)
+    state = {"a": half.half(), "b": half.bfloat16(), "c": torch.nn.Parameter(half), "d": torch.tensor(3), "e": half.T}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(half)])
+    checkpoint = {"epoch": 3, "name": "x", "state_dict": state, "optimizer": optimizer.state_dict()}
+    tied = OrderedDict(a=half, b=half)
+    for content, is_zip in itertools.product((state, checkpoint, tied), (True, False)):
+        torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+        found, wanted = read_weights(path, "model.pretrained"), content.get("state_dict", content)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert all(found[name].dtype == value.dtype for name, value in wanted.items())
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    with pytest.raises(DataError, match=r"a compressed archive, which torch\.save does not write"):
+        read_weights(packed, "model.pretrained")
 
 
 def test_missing_extra_and_reshaped_tensors_are_named(models, tmp_path):

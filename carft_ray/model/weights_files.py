@@ -1,11 +1,14 @@
 """Models without weights, and files of CLIP weights: read without unpickling code, compared, and put into a model."""
 
 import contextlib
+import io
 import itertools
 import logging
 import os
+import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from carft_ray.errors import DataError, Problem
 from carft_ray.model.catalog import WEIGHTS_ENDINGS
-from carft_ray.untrusted import open_regular, parse_json, read_text
+from carft_ray.untrusted import MOST_TEXT_BYTES, open_regular, parse_json, read_text
 
 MOST_TENSORS = 5_000  # of a model; the largest of open_clip have 1,300
 SAFETENSORS = ".safetensors"
@@ -30,6 +33,13 @@ OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
 _MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight times the side of an image
 _NUM_CHARACTERS = 600  # of torch's message about weights that do not fit
+_ZIP = b"PK\x03\x04"  # begins what torch has written since its release 1.6
+_NUM_PICKLES = 5  # of older files: a magic number, the version, the system, the state, the names of its storages
+_KNOWN = re.compile(
+    r"collections (OrderedDict|Counter)|torch ([a-z0-9_]+|\w+Storage|Size)|torch\.storage UntypedStorage"
+    r"|torch\._utils _rebuild_\w+|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
+    r"|(builtins|__builtin__) (set|complex)"
+)
 State = dict[str, Tensor]
 
 
@@ -86,17 +96,22 @@ def read_weights(path: Path, place: str) -> State:
     models are taken off.
 
     Raises:
-        DataError: It cannot be read, holds more than tensors and plain values, or is a TorchScript archive.
+        DataError: It cannot be read, holds more than tensors and plain values, is a TorchScript archive, or takes far
+            more memory than its size.
     """
     _require_weights(path, place)
     try:
         # not by open_clip's loader, which reads again without ``weights_only`` when the first read raises a TypeError
         is_plain = path.suffix == SAFETENSORS
+        if not is_plain:
+            _require_plain(path)
         with quiet():
             state: Any = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        if isinstance(state, dict):
+            _require_own_numbers(state, path.stat().st_size)
     except Exception as error:  # torch and safetensors raise many kinds; all mean that this is no file of tensors
         raise DataError(_unreadable(path, place, error)) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise DataError(Problem(place, "must contain named tensors, or a checkpoint with state_dict", str(path)))
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
@@ -204,6 +219,60 @@ def _require_weights(path: Path, place: str) -> None:
         raise DataError(Problem(place, "must be an existing weights file", f"{path}: {error.strerror}")) from error
     if size > MOST_WEIGHTS_BYTES:
         raise DataError(Problem(str(path), f"must have at most {MOST_WEIGHTS_BYTES:,} bytes", f"{size:,}"))
+
+
+def _require_plain(path: Path) -> None:
+    """Checks a file of ``torch.save`` before torch reads it, which may fill the memory for a file of a kilobyte.
+
+    Raises:
+        Exception: It is damaged or compressed, has other objects than tensors and plain values, or is a program.
+    """
+    with open_regular(path) as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            file.seek(0)
+            head = io.BytesIO(file.read(MOST_TEXT_BYTES))
+            for _ in range(_NUM_PICKLES):
+                _require_known(head)
+            return
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(each.filename.endswith("/constants.pkl") for each in entries):
+                raise ValueError("TorchScript")
+            is_stored = all(each.compress_type == zipfile.ZIP_STORED for each in entries)
+            if not is_stored or sum(each.file_size for each in entries) > path.stat().st_size:
+                raise ValueError("a compressed archive, which torch.save does not write")
+            for each in entries:
+                if each.filename.lower().endswith(".pkl"):
+                    with archive.open(each) as entry:
+                        _require_known(io.BytesIO(entry.read(MOST_TEXT_BYTES)))
+
+
+def _require_known(stream: io.BytesIO) -> None:
+    """Raises ``ValueError`` for a pickle that is damaged or names another object than those of tensors.
+
+    torch also takes some that grow without end: ``bytearray`` of any size, ``encode`` of what was encoded.
+    """
+    for code, name, _ in pickletools.genops(stream):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _KNOWN.fullmatch(str(name)):
+            raise ValueError(f"Unsupported global: {name}")
+
+
+def _require_own_numbers(state: Mapping[str, Any], size: int) -> None:
+    """Raises ``ValueError`` for tensors that repeat their numbers by a stride of 0, or have none; two may share them.
+
+    Args:
+        state: The tensors, and other values.
+        size: Of their file, in bytes.
+    """
+    total = 0
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise ValueError(f"{name} must be a dense tensor")
+            num_bytes = value.numel() * value.element_size()
+            total += num_bytes
+            if num_bytes > value.untyped_storage().nbytes() or total > 2 * size:
+                raise ValueError(f"{name} has more numbers than the file contains")
 
 
 def _unreadable(path: Path, place: str, error: Exception) -> Problem:
