@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.untrusted import open_regular, parse_json, read_regular, require_plain, visible
+from carft_ray.untrusted import MOST_VALUES, open_regular, parse_json, read_regular, require_plain, visible
 
 # of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
 # missing permission is not among them: another attempt would meet it again
@@ -342,12 +342,15 @@ def read_json_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Reads a file of JSON lines of a study; an incomplete last line (a crash while it was appended) is left out.
 
     Raises:
-        StorageError: As ``read_whole``.
+        StorageError: As ``read_whole``; or it has more than ``untrusted.MOST_VALUES``.
     """
     try:
         content = read_whole(folder, name)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    if sum(map(content.count, (b"\n", b",", b"[", b"{"))) > MOST_VALUES:
+        rule = f"must have at most {MOST_VALUES:,} values"
+        raise StorageError(Problem(str(folder / name), rule, "more", next_step="Restore it from a copy."))
     return _whole_rows(content)
 
 

@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import report_studies
 
+from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.store.record import progress_of, progress_words, read_result
+from carft_ray.study import recovery
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
@@ -314,6 +316,37 @@ def test_a_row_of_a_training_that_cannot_be_counts_for_nothing(study_dir, capsys
         assert progress_words(folder)
         assert study.add_row(spec, {"step": 3, "num_steps": 9, "epoch": 1})
         assert study.settle(spec) is None
+
+
+TOOK = [
+    {"elapsed_s": []},
+    {"elapsed_s": "1"},
+    {"environment": [3]},
+    {"environment": {"device": "cuda", "num_workers": []}},
+]
+
+
+@pytest.mark.parametrize("took", TOOK)
+def test_what_an_attempt_that_was_left_behind_took_is_a_number_or_told(study_dir, took):
+    place = best_first(trials(study_dir))[0].place(study_dir)
+    resources = report_studies.make_recipe(3).resources
+    result = json.loads((place / "result.json").read_text())
+    (place / "result.json").write_text(json.dumps({**result, "elapsed_s": 2.5, "environment": {"num_workers": 2}}))
+    assert recovery._of_result(place, resources) == (2.5, 0.0)
+    (place / "result.json").write_text(json.dumps({**result, **took}))
+    with pytest.raises(StorageError, match=r"result\.json: (elapsed_s|environment)"):
+        recovery._of_result(place, resources)
+
+
+def test_rows_of_a_training_in_very_many_small_lines_are_told(tmp_path, monkeypatch):
+    """256 MB of them were 10 GB."""
+    monkeypatch.setattr(files, "MOST_VALUES", 2**10)
+    for content, count in ((b"{}\n", 2**9), (b'{"step": 1}\n', 2**9), (b"1\n", 2**10)):
+        (tmp_path / "metrics.jsonl").write_bytes(content * count)
+        files.read_json_lines(tmp_path, "metrics.jsonl")
+        (tmp_path / "metrics.jsonl").write_bytes(content * (count + 1))
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: must have at most 1,024 values"):
+            files.read_json_lines(tmp_path, "metrics.jsonl")
 
 
 def test_a_library_that_does_not_say_its_version_and_a_clock_that_was_set_back_are_no_damage(study_dir, capsys):

@@ -86,7 +86,9 @@ def reported_rows(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row in (row for path in left(folder, ROWS) for row in files.read_json_lines(path.parent, path.name)):
         if isinstance(row.get("step"), int | float):
-            found = [*(each for each in found if each["step"] < row["step"]), row]
+            while found and found[-1]["step"] >= row["step"]:
+                found.pop()
+            found.append(row)
     return found
 
 

@@ -7,8 +7,10 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from carft_ray.layout import RESULT
 from carft_ray.recipe.schema.recipe import ResourcesConfig
 from carft_ray.store.record import read_result
+from carft_ray.study import typed
 from carft_ray.study.attributes import SET_ASIDE, SPENT, STUCK
 from carft_ray.study.rows import row_of, trainings
 from carft_ray.study.running import left_behind
@@ -90,8 +92,12 @@ def _of_result(place: Path, resources: ResourcesConfig) -> tuple[float, float]:
     Args:
         place: The folder.
         resources: Of the recipe.
+
+    Raises:
+        StorageError: The result holds what it cannot.
     """
     result, _ = read_result(place) or ({}, "")
+    typed.checked(typed.Took, result, str(place / RESULT))
     made_on = result.get("environment") or {}
     each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
     gpus = each * made_on.get("num_workers", 1) if made_on.get("device", "cpu") != "cpu" else 0.0

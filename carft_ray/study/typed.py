@@ -86,6 +86,20 @@ class Result(_Strict):
     references: dict[str, Share] = {}
 
 
+class MadeOn(_Strict):
+    """``environment`` of a result, as ``study.recovery`` takes it."""
+
+    num_workers: Annotated[int, Field(ge=0, le=10**6)] = 1
+    device: Words = "cpu"
+
+
+class Took(_Strict):
+    """What an attempt took, in its ``result.json``."""
+
+    elapsed_s: Seconds | None = None
+    environment: MadeOn | None = None
+
+
 class Started(_Strict):
     """An attempt that has begun, in the log (``study.running``)."""
 
