@@ -470,7 +470,7 @@ def _entry(path: Path, key: str, state: os.stat_result) -> Entry:
 
 
 def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
-    return type(value) in kinds and 0 <= value <= _LARGEST
+    return type(value) in kinds and bool(0 <= value <= _LARGEST)
 
 
 @contextlib.contextmanager

@@ -34,8 +34,9 @@ READ_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError, csv.Error)  
 MOST_CSV_BYTES, _HEAD = 2**30, 2**20  # of a CSV file, and of its first line
 MOST_ROWS = 50_000_000  # of a file: a small one can state billions, and what is known of each is held in memory
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_TEXT_ROWS = 2**16  # rows of a Parquet file that are read at a time where no image is among them
-_ROWS, _RECENT, _RECENT_BYTES = 8, 32, 2**26  # otherwise, and how many such parts stay in memory
+_TEXT_ROWS = 2**16  # rows of a Parquet file that are read at a time
+_ROWS = 8  # the same, where they are images or fields of a struct, which pyarrow unpacks row by row
+_RECENT, _RECENT_BYTES = 32, 2**26  # parts with images that stay in memory, and their bytes
 
 
 def is_text_format(path: Path) -> bool:
@@ -152,7 +153,8 @@ def _lengths(values: pa.Array) -> npt.NDArray[np.int64]:
     if str(values.type).endswith("_view"):  # a length and a place, 16 bytes
         views = np.frombuffer(values.buffers()[1], np.int32)[::4]
         return views[values.offset : values.offset + len(values)].astype(np.int64)
-    return pa.compute.binary_length(values).fill_null(0).to_numpy().astype(np.int64)
+    found: npt.NDArray[np.int64] = pa.compute.binary_length(values).fill_null(0).to_numpy().astype(np.int64)
+    return found
 
 
 def _is_text(kind: pa.DataType) -> bool:
