@@ -171,7 +171,8 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
             for member in archive:
                 if len(archive.pax_headers) > _MOST_GLOBAL:
                     raise tarfile.ReadError("too many global headers")
-                archive.members.clear()  # with ``pax_headers`` they take far more memory than the file
+                # with ``pax_headers`` the members take far more memory than the file
+                archive.members.clear()  # type: ignore[attr-defined]  # typeshed does not have it
                 member.pax_headers = {}
                 if member.size < 0:  # would lead back, without end
                     raise tarfile.ReadError("a negative size")
