@@ -392,6 +392,30 @@ def test_images_read_ahead_are_those_of_the_batches(ahead):
     assert threads_named("images") == []
 
 
+def test_a_thread_that_uploads_is_on_the_gpu_of_the_stream_before_and_after_it(monkeypatch):
+    current, on = [0], []  # the GPU of a thread; that on which the stream was begun and left
+
+    @contextlib.contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        on.append(current[-1])
+        yield
+        on.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(prefetch, "_pinned", lambda tensor: tensor)
+    stream = SimpleNamespace(device=CPU, record_event=lambda: "copied")
+    assert prefetch.upload([np.arange(3)], stream).tensors[0].tolist() == [0, 1, 2]
+    assert on == [CPU, CPU]
+    assert current == [0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu_are_those_on_a_cpu():
     train, source = TrainConfig(epochs=2, batch_size=16, kl_weight=0.0), ArraySource(num_images=40, size=36)

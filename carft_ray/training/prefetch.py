@@ -106,7 +106,9 @@ def upload(arrays: Iterable[npt.NDArray[Any]], stream: "torch.cuda.Stream | None
     tensors = tuple(torch.from_numpy(array) for array in arrays)
     if stream is None:
         return Upload(tensors, None)
-    with torch.cuda.stream(stream):  # memory on the device is of this stream, too: nothing else writes into it
+    # a new thread is on the first GPU: without the first of these, to leave the stream would make a context there.
+    # Memory on the device is of this stream, too: nothing else writes into it
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         there = tuple(_pinned(tensor).to(stream.device, non_blocking=True) for tensor in tensors)
         return Upload(there, stream.record_event())
 
