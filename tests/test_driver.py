@@ -15,6 +15,7 @@ from stand_in import make_recipe
 from study_steps import searching
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
+from carft_ray.launch import tune_runner
 from carft_ray.launch.capacity import AtATime, Node, capacity_of
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, Note, TrialEpoch, TrialFinished, TrialSetAside
@@ -482,6 +483,29 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
     assert "g3" in removed
     tune.driver.leaks.clear()
     assert [*groups] == ["of the program"]
+
+
+def test_a_process_under_which_memory_or_a_machine_has_failed_is_not_used_again(search, monkeypatch):
+    tune = search()
+    runtime = SimpleNamespace(nested=False, capacity=None)
+    trial, outcomes = tune.start(), ("memory", "lost", "error", "diverged")
+
+    def ended(outcome):
+        failure = Failure(outcome, "the GPU is gone", 1, details="where it was")
+        monkeypatch.setattr(tune_runner, "run_worker", lambda runtime, spec, context: failure)
+        try:
+            return tune_runner.tune_trainable(runtime)(trial.config)
+        except RuntimeError as error:  # Ray ends a process whose training raises
+            return str(error)
+
+    gone = f"{spec_of(trial).name}: the GPU is gone"
+    assert [ended(outcome) for outcome in outcomes] == [gone, gone, {"lost": ""}, {"lost": ""}]
+    spec = spec_of(trial)
+    tune.box.post(Post(spec.training, 1, failure=Failure("lost", "the GPU is gone", 1, details="where it was")))
+    tune.die(trial, gone)  # what was posted wins over what Tune knows
+    assert tune.events[-1].text == f"{spec.name} gets another attempt: the GPU is gone"
+    assert "where it was" in (tune.folder(trial) / "log.txt").read_text()
+    assert spec_of(tune.start()) == TrialSpec(**{**trial.config["spec"], "attempt": 2})
 
 
 # searches whose trainings end in any order and way

@@ -170,7 +170,8 @@ def tune_trainable(runtime: Runtime) -> Any:
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
         ended = run_worker(runtime, spec, RunContext())
-        if isinstance(ended, Failure) and ended.outcome == "memory":  # Ray ends the process, and all that it held
+        # Ray ends the process, and with it what it held and a CUDA that has failed, which a process keeps for good
+        if isinstance(ended, Failure) and ended.outcome in ("memory", "lost"):
             raise RuntimeError(f"{spec.name}: {ended.reason}")
         return {"lost": ""}
 
