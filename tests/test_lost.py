@@ -31,8 +31,9 @@ from unseen import Here, unseen
 import cluster
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
+from carft_ray.launch.preparation import _prepare
 from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
-from carft_ray.launch.worker import _require_gpu, run_worker
+from carft_ray.launch.worker import require_gpu, run_worker
 from carft_ray.model import device
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.store.folder import Folder
@@ -387,11 +388,14 @@ def test_a_process_with_a_gpu_of_ray_that_torch_does_not_find_is_a_failure_of_it
         return SimpleNamespace(recipe=SimpleNamespace(resources=resources), in_process=in_process)
 
     monkeypatch.setattr(device, "has_lost_gpu", lambda: True)
-    with pytest.raises(MachineError, match="Ray has given this process a GPU, but torch finds none") as caught:
-        _require_gpu(of(0.5), RunContext(rank=1, world_size=2))
+    told = r"Ray has given this process a GPU, but torch finds none \(does nvidia-smi work on [\d.]+\?\)"
+    with pytest.raises(MachineError, match=told) as caught:
+        require_gpu(of(0.5), RunContext(rank=1, world_size=2))
     assert caught.value.rank == 1
+    with pytest.raises(MachineError, match=told):  # before it computes heads and predictions for all trainings
+        _prepare(of(1))
     for free in (of(0), of(1, in_process=True)):
-        _require_gpu(free, RunContext())
+        require_gpu(free, RunContext())
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not device.has_lost_gpu()  # a build for the CPU, which may have been meant

@@ -183,7 +183,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
             recipe = fitted(recipe, spec.fits, context.world_size)
-            _require_gpu(runtime, context)
+            require_gpu(runtime, context)
             context = replace(context, references=spec.references)
             with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:
                 result = runtime.runner.train(recipe, folder, study_dir / PREPARED, context, spec.attempt)
@@ -314,8 +314,12 @@ def kill(process: Process) -> str:
     return text
 
 
-def _require_gpu(runtime: Runtime, context: RunContext) -> None:
-    """Refuses to train on the CPU in a process to which Ray has given a GPU: the driver or the GPU has failed there.
+def require_gpu(runtime: Runtime, context: RunContext) -> None:
+    """Refuses to compute on the CPU in a process to which Ray has given a GPU: the driver or the GPU has failed there.
+
+    Args:
+        runtime: Its recipe says how many GPUs a worker gets.
+        context: Of the worker.
 
     Raises:
         MachineError: torch was built for CUDA and finds no GPU.
@@ -325,7 +329,8 @@ def _require_gpu(runtime: Runtime, context: RunContext) -> None:
     from carft_ray.model.device import has_lost_gpu  # loads torch
 
     if has_lost_gpu():
-        text = "Ray has given this process a GPU, but torch finds none (does nvidia-smi work on this node?)"
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # of Ray
+        text = f"Ray has given this process a GPU, but torch finds none (does nvidia-smi work on {address}?)"
         raise errors.MachineError(text, context.rank)
 
 
