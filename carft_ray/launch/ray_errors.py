@@ -24,7 +24,7 @@ from carft_ray.errors import MachineError, NoSuccessfulTrialError, Problem
 from carft_ray.files import MACHINE_ERRNOS
 from carft_ray.layout import LOG
 from carft_ray.study.training import TrialRow
-from carft_ray.training.out_of_memory import TEXTS
+from carft_ray.training.out_of_memory import SHORTAGE
 from carft_ray.training.run_context import RunContext
 
 LONGEST = 300  # characters of a cause
@@ -43,7 +43,7 @@ MONITOR = re.compile(
     re.DOTALL,
 )
 # what an attempt writes that ran out of memory: Python, NumPy, torch
-OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
+OWN = re.compile(rf"\bMemoryError\b|\bOutOfMemoryError\b|{SHORTAGE.pattern}")
 FULL = "no memory was left on"
 STARTED_LATE = "worker group startup timed out"  # what Ray Train says when its workers have not come in time
 STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size need less"

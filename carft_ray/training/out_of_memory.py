@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -25,14 +26,12 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 Positions = npt.NDArray[np.int64]
 
-# of torch's allocator for the CPU, and of the libraries below it on a GPU; the latter's own is an exception class
-TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+# of torch's allocator for the CPU, and of the libraries beside its allocator on a GPU, which is an exception class. A
+# full GPU is mostly CUBLAS_STATUS_NOT_INITIALIZED to cuBLAS: each thread makes a handle of its own at its first product
+SHORTAGE = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA out of memory|CUDA (driver )?error: out of memory"
+    r"|Triton Error \[CUDA\]: out of memory|Cuda failure.*out of memory|STATUS_\w*ALLOC(ATION)?_FAILED"
+    r"|NOT_INITIALIZED when calling .cublasCreate"
 )
 NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
 
@@ -42,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or any(known in text for known in TEXTS))
+    return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or SHORTAGE.search(text) is not None)
 
 
 def micro_batch_of(train: TrainConfig, num_workers: int) -> int:
