@@ -30,8 +30,9 @@ from carft_ray.model.mixing import mix_weights
 from carft_ray.model.tower import layer_factors, layer_groups, num_trained, recipe_problems, shape_tower
 from carft_ray.training import run
 from carft_ray.training.evaluate import Mixtures, predict, predict_all
-from carft_ray.training.loop import fine_tune
+from carft_ray.training.loop import _explained, fine_tune
 from carft_ray.training.optimizer import build_optimizer
+from carft_ray.training.out_of_memory import explained_shortage
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs
 from carft_ray.training.targets import Targets
@@ -342,6 +343,21 @@ def test_a_compiler_that_fails_is_named_with_what_to_do(tiny_clip, heads, source
     rule = "train.compile: must be false here: torch cannot compile the image tower, but got InvalidCxxCompiler"
     assert str(caught.value).startswith(rule)
     assert "\n    Write train.compile: false, or give torch a C++ compiler" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemoryError),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemoryError),
+        (RuntimeError("CppCompileError: C++ compile error"), RecipeError),
+    ],
+)
+def test_a_shortage_of_memory_within_the_compiler_is_no_failure_of_the_compiler(said, kind):
+    from torch._inductor.exc import InductorError
+
+    with pytest.raises(kind), explained_shortage("training", 8, 32, CPU, 8), _explained(1, 5):
+        raise InductorError(said, None)
 
 
 LAYERS = "train.freeze_layers: must be at most"

@@ -41,7 +41,7 @@ from carft_ray.training.checkpoint import (
 from carft_ray.training.linear_probe import probe
 from carft_ray.training.losses import Loss
 from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
-from carft_ray.training.out_of_memory import micro_batch_of
+from carft_ray.training.out_of_memory import is_out_of_memory, micro_batch_of
 from carft_ray.training.penalties import Anchor, share_at
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
 from carft_ray.training.run_context import RunContext
@@ -204,7 +204,7 @@ def _explained(step: int, num_steps: int) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(f"at step {step} of {num_steps}")
-        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+        if is_out_of_memory(error) or not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
             raise
         next_step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
         rule = "must be false here: torch cannot compile the image tower"
