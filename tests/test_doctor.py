@@ -202,6 +202,8 @@ def test_quick_opens_no_image_writes_no_pairs_and_proposes_the_micro_batch_for_a
         assert (code, message in err) == (2, True)
     model = json.loads(run(*quick, "--memory-gb", "16", "--json")[1])["model"]
     assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch
+    half = run(*quick, "--memory-gb", "16", "--set", "resources.gpus_per_worker=0.5", "--json")[1]
+    assert json.loads(half)["model"]["gpu_gb"] == 8  # two trainings share a GPU
     assert re.fullmatch(r"micro-batch to begin with: 8; a step takes \S+ of 16 GB \(estimated\)", step_words(model))
     assert step_words({"micro_batch": 0, "step_gb": 30.1, "gpu_gb": 16}).startswith(
         "not even one image fits on the GPU: "

@@ -96,7 +96,7 @@ def micro_batch_to_begin_with(
 
     Returns:
         ``micro_batch``, the largest half of a half of a worker's part of the batch, 0: not one image fits; ``step_gb``
-        with it, and ``gpu_gb`` of the device.
+        with it, and ``gpu_gb`` of the device, or of its share that a worker gets.
 
     Raises:
         OutOfMemoryError: Same as in ``step_memory``.
@@ -109,6 +109,7 @@ def micro_batch_to_begin_with(
     train = train.model_copy(update={"precision": "bf16"}) if is_bf16 else train
     needed = step_memory(clip, train, class_head_CD, device)
     there = memory_gb * 1e9 if memory_gb is not None else float(torch.cuda.mem_get_info(device)[1])
+    there *= min(1, recipe.resources.gpus_per_worker or 1)
     most = micro_batch_of(train.model_copy(update={"micro_batch": None}), recipe.resources.num_workers)
     fits = needed.largest(there, most)
     return {"micro_batch": fits, "step_gb": round(needed.of(max(fits, 1)) / 1e9, 2), "gpu_gb": round(there / 1e9, 1)}
