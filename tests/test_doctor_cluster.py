@@ -107,6 +107,18 @@ def test_a_trial_of_one_worker_needs_no_collective():
     assert checkup.check_collective(two[:1], recipe, pytest.fail) == []
 
 
+@pytest.mark.parametrize(("gpus", "backend"), [(None, "nccl"), (0.5, "nccl"), (0, "gloo")])
+def test_nodes_with_gpus_are_checked_with_the_collective_that_trials_use(monkeypatch, gpus, backend):
+    asked, said = [], []
+    monkeypatch.setattr(checkup, "_submit", lambda node, function, *given: asked.append(given[0]))
+    monkeypatch.setattr(checkup, "_answers", lambda tasks, within_s: ["" for _ in tasks])
+    resources = {"num_workers": 2, "executor": "ray-train", "gpus_per_worker": gpus}
+    two = [report(resources=GPU, gpus=2), report("10.0.0.3", resources=GPU, gpus=2)]
+    assert checkup.check_collective(two, stand_in.make_recipe(1, resources=resources), said.append) == []
+    assert asked == [backend] * 2
+    assert said == [f"running a collective over 2 nodes ({backend})"]
+
+
 def one_of_two(rank, port, within_s):
     os._exit(0 if not collective("gloo", "127.0.0.1", port, rank, 2, within_s) else 3)
 

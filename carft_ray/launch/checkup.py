@@ -105,7 +105,7 @@ def _answers(tasks: Sequence[Any], within_s: float) -> list[Any]:
 def check_collective(reports: Sequence[NodeReport], recipe: Recipe, say: Callable[[str], None]) -> list[Finding]:
     """Runs a collective over the nodes, if a trial has several workers.
 
-    NCCL where nodes offer GPUs, over these nodes, else gloo. They find each other by a port of this machine.
+    NCCL where nodes offer GPUs that trials use, over these nodes, else gloo. They find each other by a port of this machine.
 
     Args:
         reports: Of all nodes.
@@ -113,7 +113,7 @@ def check_collective(reports: Sequence[NodeReport], recipe: Recipe, say: Callabl
         say: Told what is being done.
     """
     able = [each for each in reports if each.found]
-    with_gpus = [each for each in able if each.resources.get("GPU", 0)]
+    with_gpus = [each for each in able if each.resources.get("GPU", 0) and recipe.resources.gpus_per_worker != 0]
     nodes = with_gpus or able
     if recipe.resources.num_workers == 1 or len(nodes) < 2:
         return []
