@@ -33,7 +33,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
 from carft_ray.launch.preparation import _prepare
 from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
-from carft_ray.launch.worker import require_gpu, run_worker
+from carft_ray.launch.worker import take_gpu, run_worker
 from carft_ray.model import device
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.store.folder import Folder
@@ -43,6 +43,7 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, trials
 from carft_ray.training import checkpoint, loop
 from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.out_of_memory import shortage
 from carft_ray.training.own_training import own_fine_tune
 from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
 from carft_ray.training.run_context import RunContext
@@ -390,15 +391,30 @@ def test_a_process_with_a_gpu_of_ray_that_torch_does_not_find_is_a_failure_of_it
     monkeypatch.setattr(device, "has_lost_gpu", lambda: True)
     told = r"Ray has given this process a GPU, but torch finds none \(does nvidia-smi work on [\d.]+\?\)"
     with pytest.raises(MachineError, match=told) as caught:
-        require_gpu(of(0.5), RunContext(rank=1, world_size=2))
+        take_gpu(of(0.5), RunContext(rank=1, world_size=2))
     assert caught.value.rank == 1
     with pytest.raises(MachineError, match=told):  # before it computes heads and predictions for all trainings
         _prepare(of(1))
     for free in (of(0), of(1, in_process=True)):
-        require_gpu(free, RunContext())
+        take_gpu(free, RunContext())
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not device.has_lost_gpu()  # a build for the CPU, which may have been meant
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.has_lost_gpu()
+
+
+def test_a_training_on_a_share_of_a_gpu_keeps_to_that_share_of_its_memory_and_is_told_so(monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    for gpus, in_process in ((0.25, False), (0.5, True), (0, False), (1.0, False), (2.0, False)):
+        resources = SimpleNamespace(gpus_per_worker=gpus)
+        take_gpu(SimpleNamespace(recipe=SimpleNamespace(resources=resources), in_process=in_process), RunContext())
+    assert shares == [0.25]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    for share, told in ((1.0, "60.0 of 80.0 GB free on H100"), (0.25, ", of which this process may use 20.0")):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+        assert shortage("training", 8, 224, torch.device("cuda")).value.endswith(told)

@@ -19,7 +19,7 @@ from carft_ray.launch.mailbox import Box
 from carft_ray.launch.node_files import prepared_at_hand, sees, uses_bucket
 from carft_ray.launch.ray_errors import is_death, lost_rank, root_cause
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime
-from carft_ray.launch.worker import require_gpu
+from carft_ray.launch.worker import take_gpu
 from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.training.run_context import RunContext
@@ -242,7 +242,7 @@ def run_prepare(
 
 
 def _prepare(runtime: Runtime) -> dict[str, Any]:
-    require_gpu(runtime, RunContext())  # what a CPU computes would be kept for all trainings
+    take_gpu(runtime, RunContext())  # what a CPU computes would be kept for all trainings
     node_id = ray.get_runtime_context().get_node_id()
     num_cpus = next(node["Resources"].get("CPU", 1) for node in nodes_alive() if node["NodeID"] == node_id)
     say = partial(_say, runtime.mailbox, PREPARING, "")

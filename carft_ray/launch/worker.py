@@ -183,7 +183,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
             recipe = fitted(recipe, spec.fits, context.world_size)
-            require_gpu(runtime, context)
+            take_gpu(runtime, context)
             context = replace(context, references=spec.references)
             with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:
                 result = runtime.runner.train(recipe, folder, study_dir / PREPARED, context, spec.attempt)
@@ -314,8 +314,10 @@ def kill(process: Process) -> str:
     return text
 
 
-def require_gpu(runtime: Runtime, context: RunContext) -> None:
-    """Refuses to compute on the CPU in a process to which Ray has given a GPU: the driver or the GPU has failed there.
+def take_gpu(runtime: Runtime, context: RunContext) -> None:
+    """Keeps this process to the share of a GPU that Ray has given it: others could not use what torch keeps of the rest.
+
+    It refuses to compute on the CPU instead: the driver or the GPU has failed there.
 
     Args:
         runtime: Its recipe says how many GPUs a worker gets.
@@ -324,14 +326,16 @@ def require_gpu(runtime: Runtime, context: RunContext) -> None:
     Raises:
         MachineError: torch was built for CUDA and finds no GPU.
     """
-    if not runtime.recipe.resources.gpus_per_worker or runtime.in_process:
+    share = runtime.recipe.resources.gpus_per_worker
+    if not share or runtime.in_process:
         return
-    from carft_ray.model.device import has_lost_gpu  # loads torch
+    from carft_ray.model.device import has_lost_gpu, limit_memory  # loads torch
 
     if has_lost_gpu():
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # of Ray
         text = f"Ray has given this process a GPU, but torch finds none (does nvidia-smi work on {address}?)"
         raise errors.MachineError(text, context.rank)
+    limit_memory(share)
 
 
 def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequence[tuple[str, str]]) -> Failure | None:

@@ -21,6 +21,12 @@ def has_lost_gpu() -> bool:
     return torch.version.cuda is not None and not torch.cuda.is_available()
 
 
+def limit_memory(share: float) -> None:
+    """Keeps torch in this process to a share of its GPU's memory; does nothing for a whole GPU, or without one."""
+    if share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def set_up(recipe: Recipe) -> None:
     """Has this process compute as the recipe says, whatever it computed before.
 

@@ -144,4 +144,6 @@ def shortage(what: str, num_images: int, image_size: int, device: "torch.device"
 
         free, total = torch.cuda.mem_get_info(device)
         value = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {device_name(device)}"
+        share = torch.cuda.get_per_process_memory_fraction(device)  # below 1 by ``device.limit_memory``
+        value += f", of which this process may use {share * total / 1e9:.1f}" if share < 1 else ""
     return Problem(what, f"{rule} must fit into memory", value, next_step=step)
