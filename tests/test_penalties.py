@@ -513,3 +513,25 @@ def test_the_loss_names_what_it_sums():
     heads = torch.eye(3)
     assert Loss(heads, 1.0, settings()).names == ("ce", "kl", "context_entropy")
     assert Loss(heads, 1.0, penalised(**ALL)).names == ("ce", "kl", "context_entropy", "class_kl", "feature", "text")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", ["to"]), ("cuda", ["pin", "to"])])
+def test_the_tokens_of_random_texts_reach_a_gpu_without_a_wait(device, expected):
+    done = []
+
+    class Tokens:
+        def pin_memory(self):
+            done.append("pin")
+            return self
+
+        def to(self, place, non_blocking=False):
+            assert (place.type, non_blocking) == (device, True)
+            done.append("to")
+            return torch.ones(2, 3)
+
+    model = SimpleNamespace(encode_text=lambda tokens_ML: tokens_ML)
+    texts = SimpleNamespace(model=model, autocast_dtype=None, device=torch.device(device), logit_scale=2.0)
+    texts.tokens = lambda step: Tokens()
+    found = RandomTexts.of(texts, 0)
+    assert done == expected
+    assert torch.allclose(found, torch.full((2, 3), 2 / 3**0.5))

@@ -109,9 +109,12 @@ class RandomTexts:
     @torch.no_grad()
     def of(self, step: int) -> Tensor:
         """Returns the unit features of the texts of update ``step`` times the logit scale, [M, D]."""
-        dtype = self.autocast_dtype
+        dtype, tokens_ML = self.autocast_dtype, self.tokens(step)
+        if self.device.type == "cuda":  # a copy from other memory waits for all that the device is to compute
+            tokens_ML = tokens_ML.pin_memory()
+        tokens_ML = tokens_ML.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            texts_MD = self.model.encode_text(self.tokens(step).to(self.device))  # type: ignore[operator]  # untyped
+            texts_MD = self.model.encode_text(tokens_ML)  # type: ignore[operator]  # untyped
         return self.logit_scale * functional.normalize(at_least_float32(texts_MD), dim=-1)
 
 
