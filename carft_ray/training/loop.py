@@ -235,8 +235,8 @@ def fine_tune(
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one after each
     ``checkpoint_every`` (None: at the end of every epoch) and when it is stopped, but none after the last step. The
-    result is that of an uninterrupted training, bit for bit on a CPU, up to rounding on a GPU without deterministic
-    algorithms (``device.set_up``).
+    result is that of an uninterrupted training: with one or two workers bit for bit on a CPU, else, or on a GPU without
+    deterministic algorithms (``device.set_up``), up to rounding.
 
     Args:
         clip: The model to start from; it is not changed.
