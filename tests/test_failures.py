@@ -207,7 +207,7 @@ HELP = "; fewer trials at a time (search.max_concurrent_trials) or a smaller eva
         (MONITOR, FULL + HELP),
         (MONITOR_NOW, FULL + HELP),
         ("trial()\nMemoryError: 3 GiB", "no memory was left on its machine: MemoryError: 3 GiB" + HELP),
-        ("NCCL\nCuda failure 2 'out of memory'\n", "no memory was left on its machine: Cuda failure 2 'out of memory'" + HELP),
+        ("Cuda failure 'out of memory'", "no memory was left on its machine: Cuda failure 'out of memory'" + HELP),
         ("The actor died unexpectedly before finishing this task.", ""),
         ("", ""),
     ],

@@ -105,7 +105,8 @@ def _answers(tasks: Sequence[Any], within_s: float) -> list[Any]:
 def check_collective(reports: Sequence[NodeReport], recipe: Recipe, say: Callable[[str], None]) -> list[Finding]:
     """Runs a collective over the nodes, if a trial has several workers.
 
-    NCCL where nodes offer GPUs that trials use, over these nodes, else gloo. They find each other by a port of this machine.
+    NCCL where nodes offer GPUs that trials use, over these nodes, else gloo. They find each other by a port of this
+    machine.
 
     Args:
         reports: Of all nodes.

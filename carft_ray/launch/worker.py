@@ -315,9 +315,9 @@ def kill(process: Process) -> str:
 
 
 def take_gpu(runtime: Runtime, context: RunContext) -> None:
-    """Keeps this process to the share of a GPU that Ray has given it: others could not use what torch keeps of the rest.
+    """Keeps this process to its share of a GPU's memory: others could not use what torch keeps of the rest.
 
-    It refuses to compute on the CPU instead: the driver or the GPU has failed there.
+    It refuses to compute on the CPU where Ray has given it a GPU: the driver or the GPU has failed there.
 
     Args:
         runtime: Its recipe says how many GPUs a worker gets.
