@@ -33,7 +33,7 @@ from carft_ray.api.checks import (
     several,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
-from carft_ray.recipe.schema.recipe import Recipe, alone, with_keys
+from carft_ray.recipe.schema.recipe import BudgetConfig, Recipe, TrackingConfig, alone, with_keys
 from carft_ray.results.reading import study_view
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
@@ -325,7 +325,7 @@ def train(
     Its folder is a study of one trial.
 
     Args:
-        recipe: Same as in ``load_recipe``; its search keys have no effect.
+        recipe: Same as in ``load_recipe``; its keys of search, budget and tracking have no effect.
         out: Folder of the training; new, or that of the training to resume.
         overrides: Same as in ``load_recipe``.
         resume: Resume from the newest checkpoint in the folder.
@@ -349,6 +349,10 @@ def train(
     require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
+    if value.budget != BudgetConfig():
+        logger.warning("budget has no effect on one training")
+    if value.tracking != TrackingConfig():
+        logger.warning("tracking has no effect on one training; a search of one trial is tracked")
     from carft_ray.evaluation.alpha import point_at
     from carft_ray.launch.command import Plan, train_once
     from carft_ray.ui.progress import training_shown

@@ -91,7 +91,8 @@ def survey(root: Path) -> list[ClassRoot]:
             raise DataError(problems)
     except OSError as error:
         place = str(error.filename or root)
-        raise DataError(Problem(place, "must be a folder that can be read", cause_of(error))) from error
+        step = "A recipe for tables, shards and data sets by name: docs/data.md." if root.is_file() else ""
+        raise DataError(Problem(place, "must be a folder that can be read", cause_of(error), next_step=step)) from error
     if not found:
         raise DataError(Problem(str(root), "must contain folders of images", "none", next_step=LAYOUT_STEP))
     depths = {0 if one.folder == "." else one.folder.count("/") + 1 for one in found}

@@ -78,6 +78,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
         "while it runs": slots * (KEPT_CHECKPOINTS * measured["checkpoint"] + measured["weights"]),
     }
     left_out = {
+        "weights, price and hours of confirm": True,
         "failed and repeated trainings": True,
         "searched values other than epochs": True,
         "trainings that the pruner ends early": recipe.search.pruner.name != "none",
