@@ -295,7 +295,7 @@ def test_a_search_is_submitted_with_this_package_followed_to_its_end_and_its_exi
     assert out == "".join(dashboard.pieces)
     (name,) = dashboard.jobs
     assert name == jobs.job_id(here / "study")
-    assert f"Submitted {name} to {dashboard.address}." in told(err)
+    assert f"Submitted {name} to {dashboard.address}. Its study" in told(err)
     job, sent = dashboard.jobs[name], dashboard.sent()
     assert job["metadata"] == {"study": str(here / "study"), "version": __version__}
     assert job["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "120"

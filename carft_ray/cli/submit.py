@@ -134,6 +134,7 @@ def _checked(
 def _send(server: "Server", upload: "Upload", variables: dict[str, str], installed: bool) -> str:
     """Submits a search, unless its study has a job that runs; returns the id of the job."""
     from carft_ray.launch import job_package, jobs
+    from carft_ray.study.place import in_bucket
 
     if (job := jobs.running_job(server, upload.study)) is not None:
         console.warn(f"{job.submission_id} already runs on {upload.study}: nothing was submitted")
@@ -147,7 +148,8 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
         modules = [] if installed else job_package.folders()
         environment = jobs.runtime_env(Path(folder) if upload.files else None, modules, variables)
         name = jobs.submit(server, upload.study, upload.entrypoint(installed), environment, console.say)
-    console.say(f"Submitted {name} to {server.address}.")
+    place = "" if in_bucket(upload.study) else ", in a folder of the head"
+    console.say(f"Submitted {name} to {server.address}. Its study{place}: {upload.study}")
     return name
 
 
