@@ -21,7 +21,9 @@ from carft_ray.study.ledger import read_ledger
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import confirmations, trials
+from carft_ray.study.running import started
 from carft_ray.study.warm_start import inherited_reads
+from carft_ray.ui.live import SearchView
 from carft_ray.ui.progress import search_shown
 
 pytestmark = pytest.mark.slow
@@ -154,10 +156,11 @@ def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_
     fixed(view, more)
     fewer, notes = confirmation.plan(view, 1, 3)
     assert fewer.trainings() == more.trainings()
-    assert notes == ["5 seeds already exist; all of them are used"]
+    also = f"also measured, from an earlier call: {name_of(view, 2)}"
+    assert notes == ["5 seeds already exist; all of them are used", also]
     with searching(view.study_dir, make_recipe(4)) as study:
         finish(study, study.next(), 0.9)
-    now, [_, note] = confirmation.plan(read_study(view.study_dir), 1, 3)
+    now, [_, note, _] = confirmation.plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; the winner is now {now.winner}"
     assert [row.name for row in now.rows if row.role == "winner"] == [now.winner]
     assert first.winner in [row.name for row in now.rows if row.role == "candidate"]
@@ -168,6 +171,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     chosen = name_of(view, 2)
     second = confirmation.second_stage(first, chosen, view.recipe)
     assert [row.name for row in second.rows if row.role != "baseline"] == [chosen, f"{chosen}, no penalties"]
+    assert second.rows[0].chosen_from == 3 + 3 * 3  # the trainings of the first stage chose it, too
     assert len({view.recipe.train.seed, *first.seeds, *second.seeds}) == 1 + 3 + 3
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
@@ -236,6 +240,16 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
         on_event(Started(4, 1, 2, "2 CPUs, 1 per trial", "confirm"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
+
+
+def test_another_process_counts_the_trainings_of_a_confirm_that_runs(view):
+    stage = confirmation.first_stage(view, 1, 2)
+    with open_study(view.study_dir, view.recipe) as study:
+        confirmation.fix(study, view.recipe, stage, None)
+        recover_given(study, stage.trainings())
+        study.log.write(started(study.next(), 1.0, 0.0, 1, ""))
+        line = SearchView.of(read_study(view.study_dir)).line()
+    assert line.startswith(f"0 of {len(stage.trainings())} trainings with fresh seeds finished · 1 running")
 
 
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):

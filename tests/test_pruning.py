@@ -22,6 +22,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.rows import trials
 from carft_ray.study.training import Failure, TrialRow
+from carft_ray.training.run import live_alphas
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
@@ -103,6 +104,15 @@ def test_rungs_end_before_the_training_does_which_is_evaluated_there_even_if_now
             at = {epoch for epoch in range(1, epochs + 1) if has_intermediate_value(every, part, epoch, epochs)}
             often = set(range(2, epochs + 1, 2)) if every else set()
             assert at == {int(np.ceil(share * epochs - 1e-9)) for share in shares} | often
+
+
+@pytest.mark.parametrize(("lowest", "fixed", "alphas"), [(0.2, None, 4), (0.6, None, 2), (1.0, None, 1), (0.2, 0.4, 1)])
+def test_a_running_training_is_measured_only_at_alphas_that_it_may_choose(lowest, fixed, alphas):
+    recipe = make_recipe(4, alpha={"lowest": lowest})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"alpha": fixed})})
+    found = live_alphas(recipe)
+    assert len(found) == alphas
+    assert found[-1] == fixed if fixed else min(found) >= lowest
 
 
 def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():

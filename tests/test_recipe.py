@@ -365,14 +365,24 @@ WARNINGS = [
 ]
 
 
+ID_TEST = "data.id_test={source: sandbox, num_per_class: 4, domain: photo, split: test}"
+
+
 @pytest.mark.parametrize(("more", "words"), WARNINGS, ids=[more[:70] for more, _ in WARNINGS])
 def test_a_setting_without_effect_is_named(tmp_path, more, words):
-    told = rules.warnings(_load(tmp_path, more))
+    told = rules.warnings(_load(tmp_path, more, ID_TEST))
     assert [warning[: len(words or "")] for warning in told] == [word for word in [words] if word]
 
 
+def test_sets_that_no_command_reads_or_that_change_the_objective_are_named(tmp_path):
+    told = ["data.ood_test has no effect: `carft-ray test` needs data.id_test, too"]
+    assert rules.warnings(_load(tmp_path)) == told
+    told = ["data.ood_test is empty: the objective of `test` is only ID accuracy, unlike that of the search"]
+    assert rules.warnings(_load(tmp_path, "", ID_TEST, "data.ood_test={}")) == told
+
+
 def test_imagenet_v2_is_no_ood_validation_set(tmp_path):
-    (told,) = rules.warnings(_load(tmp_path, "", f"data.ood_val={{x: {BENCHMARK}name: imagenet-v2}}}}"))
+    (told,) = rules.warnings(_load(tmp_path, "", ID_TEST, f"data.ood_val={{x: {BENCHMARK}name: imagenet-v2}}}}"))
     assert told.startswith("data.ood_val.x is ImageNet-V2, which ranks models as ID does")
 
 

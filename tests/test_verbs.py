@@ -20,6 +20,7 @@ from suggestions import check_suggestions
 from test_checkpoint import limited
 
 from carft_ray.api import actions
+from carft_ray.cli.common import suggest
 from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import TrialEpoch
@@ -519,6 +520,15 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     note_stop(study_dir, "budget: 3 GPU hours are used (budget.gpu_hours, 3)")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
     assert steps(study(4, 0)) == ["resume", "ls"]
+
+
+def test_the_next_trainings_are_suggested_on_the_cluster_that_has_trained(study, capsys):
+    study_dir = study(2, 2)
+    suggest(str(study_dir), "search", address="10.0.0.1:6379")
+    told = capsys.readouterr().err
+    check_suggestions(told)
+    assert f"carft-ray confirm {study_dir} --address 10.0.0.1:6379\n" in told
+    assert f"carft-ray report {study_dir}\n" in told
 
 
 def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
