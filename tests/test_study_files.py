@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.data.cache import own_folder
 from carft_ray.errors import MachineError, StorageError
 from carft_ray.launch import file_transfer, node_files
-from carft_ray.launch.file_transfer import Entry, FileServer, entries
+from carft_ray.launch.file_transfer import Entry, FileServer, StudyFiles, entries
 from carft_ray.launch.mailbox import Mailbox, Wish
 from carft_ray.launch.node_files import UNSEEN, Delivery, needed, prepared_at_hand, sees
 from carft_ray.launch.worker import run_worker
@@ -143,6 +143,33 @@ def test_a_preparation_elsewhere_lies_in_the_study_its_last_file_last(tmp_path):
         sent = [given[0] for method, *given in away.calls if method == "finish"]
     assert sent == ["prepared/heads.safetensors", "prepared/zero_shot.parquet", "prepared/prepared.json"]
     assert {path.name for path in (tmp_path / "study" / "prepared").iterdir()} == {"sets", *map(os.path.basename, sent)}
+
+
+@pytest.mark.parametrize("num_sent", [0, 1, 2])
+def test_a_preparation_that_is_killed_while_it_is_sent_is_made_again_on_the_same_node(tmp_path, monkeypatch, num_sent):
+    names = ["heads.safetensors", "zero_shot.parquet", "prepared.json"]
+
+    def prepare(folder):
+        if not (folder / "prepared.json").exists():
+            for name in names:
+                write(folder, name, name.encode())
+
+    with opened(tmp_path) as study:
+        away, left, plain = Here(study.study_dir), iter(range(num_sent)), StudyFiles.send
+
+        def send(self, folder, name):
+            if next(left, None) is None:
+                raise SystemExit
+            plain(self, folder, name)
+
+        runtime = unseen(plan_of(study, away))
+        with monkeypatch.context() as patched:
+            patched.setattr(StudyFiles, "send", send)
+            with pytest.raises(SystemExit), prepared_at_hand(runtime) as folder:
+                prepare(folder)
+        with prepared_at_hand(runtime) as folder:
+            prepare(folder)
+        assert content(study.study_dir, "prepared") == {f"prepared/{name}": name.encode() for name in names}
 
 
 @pytest.mark.parametrize("loses", [0, 5])

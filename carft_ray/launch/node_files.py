@@ -90,8 +90,9 @@ def prepared_at_hand(runtime: Runtime) -> Iterator[Path]:
     if runtime.files is None or sees(runtime):
         yield runtime.study_dir / PREPARED
         return
-    folder = here(runtime)
-    runtime.files.get(runtime.files.entries(PREPARED), folder)
+    folder, there = here(runtime), runtime.files.entries(PREPARED)
+    _remove_others(folder, PREPARED, there)  # of a preparation that was killed before all of it was sent
+    runtime.files.get(there, folder)
     before = entries(folder, PREPARED)
     yield folder / PREPARED
     new = [each.name for each in entries(folder, PREPARED) if each not in before]
@@ -159,11 +160,15 @@ def _get(source: StudyFiles | BucketFiles, spec: TrialSpec, folder: Path, seen: 
     if seen:
         source.get([each for each in wanted if not files.exists(folder / each.name)], folder)
         return
+    _remove_others(folder, spec.training, wanted)
+    source.get([*source.entries(PREPARED), *wanted], folder)
+
+
+def _remove_others(folder: Path, prefix: str, wanted: Sequence[Entry]) -> None:
     names = {each.name for each in wanted}
-    for each in entries(folder, spec.training):
+    for each in entries(folder, prefix):
         if each.name not in names:
             files.remove(folder / each.name)
-    source.get([*source.entries(PREPARED), *wanted], folder)
 
 
 def needed(found: Sequence[Entry], training: str) -> list[Entry]:
