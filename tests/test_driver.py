@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from types import SimpleNamespace
+from unittest import mock
 
 import killed_searches
 import pytest
@@ -17,8 +18,8 @@ from study_steps import searching
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch import tune_runner
 from carft_ray.launch.capacity import AtATime, Node, capacity_of
-from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import BaselineFinished, Note, TrialEpoch, TrialFinished, TrialSetAside
+from carft_ray.launch.driver import STOP_UNLOGGED_S, Driver
+from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialSetAside
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.nodes import BadNodes, Drains
@@ -272,6 +273,26 @@ def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alo
     with pytest.raises(StorageError, match="another search, which has taken the study over"):
         tune.look()
     assert tune.driver.failure.exit_code == 5
+
+
+def test_a_search_whose_log_has_failed_lets_its_trainings_write_a_checkpoint_for_a_while(tune, monkeypatch):
+    first, second = tune.start(), tune.start()
+    with monkeypatch.context() as patched:
+        full = StorageError("No space left on device")
+        patched.setattr(tune.driver.study.log.store, "put_new", mock.Mock(side_effect=full))
+        tune.end(first, lost="its node is gone")
+    assert tune.driver.failure is full
+    tune.look()
+    assert tune.order(second) == "stop"
+    assert kinds(tune.events).count(Stopping) == 1
+    tune.look()
+    tune.driver._stopping_since -= STOP_UNLOGGED_S
+    with pytest.raises(StorageError, match="cannot be used any more by this process, since a commit failed"):
+        tune.look()
+    assert tune.start() is None
+    tune.end(second)
+    assert tune.start() == Searcher.FINISHED
+    assert tune.driver.failure is full
 
 
 def test_what_a_training_reports_is_written_and_told_once_however_often_its_attempts_say_it(tune):

@@ -27,6 +27,7 @@ from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store import record
 from carft_ray.store.copy import NUMBERS
+from carft_ray.store.folder import RefusedError
 from carft_ray.store.record import append_log, log_lost
 from carft_ray.study.holding import STOPPING
 from carft_ray.study.running import at_a_time_record, started
@@ -37,6 +38,7 @@ from carft_ray.words import counted
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
+STOP_UNLOGGED_S = 60.0  # time to stop after the log has failed; a search elsewhere may soon take the study over
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
 SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
 
@@ -212,7 +214,8 @@ class Driver:
             at_once: Read now, however long ago the last time was.
 
         Raises:
-            StorageError: Another search has taken the study over: its trainings run in the same folders.
+            StorageError: Another search has taken the study over: its trainings run in the same folders. Or the log
+                failed ``STOP_UNLOGGED_S`` ago; until then, what runs may write its checkpoints.
         """
         began = time.monotonic()
         if began < self._next_poll and not at_once:
@@ -228,7 +231,12 @@ class Driver:
             self.study.log.check()
         except StorageError as error:
             self._fail(error)
-            raise
+            if isinstance(error, RefusedError):
+                raise
+            self.check_stop()
+            if time.monotonic() - self._stopping_since >= STOP_UNLOGGED_S:
+                raise
+            return
         self.at_a_time.follow()
         heard = self.exchange.heard
         for attempt in list(self._attempts.values()):
