@@ -585,6 +585,30 @@ def test_an_unfit_new_study_removes_only_what_it_has_written(server):
     assert server.objects().keys() == {"study/child/manifest.json"}
 
 
+def test_an_unfit_new_study_that_is_half_removed_leaves_an_address_that_can_be_used(server, monkeypatch):
+    recipe, plain = report_studies.make_recipe(3), Bucket.delete
+    for number in range(20):
+        address, left = server.address(f"study-{number}"), iter(range(number))
+
+        def delete(self, names, left=left):
+            for name in names:
+                if next(left, None) is None:
+                    raise StorageError("403 AccessDenied")
+                plain(self, [name])
+
+        with pytest.raises(DataError), open_study(own_folder(address), recipe) as study:
+            study.log.write({"kind": "a"})
+            monkeypatch.setattr(Bucket, "delete", delete)
+            raise DataError("there is no data")
+        monkeypatch.setattr(Bucket, "delete", plain)
+        is_gone = not any(name.startswith(f"study-{number}/") for name in server.objects())
+        with open_study(own_folder(address), recipe) as study:
+            assert study.log.number > 0
+        if is_gone:
+            break
+    assert 3 < number < 19
+
+
 def test_an_unfit_new_study_removes_nothing_that_others_have_put_there_before_it_listed_the_bucket(server):
     def prepare(recipe, folder, say=None):
         raise DataError("there is no data")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
+from carft_ray.layout import COMMITS, KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Tag
 from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
@@ -122,8 +122,13 @@ class Driven(Copy):
         return last in (RESULT, WEIGHTS) and checkpoint_of(name) is None and place not in self._ended
 
     def remove_written(self, request: str) -> None:
-        """Removes what this process has written, and the request to stop it; names of others below the address stay."""
-        self.delete(sorted({*self._written, request}))
+        """Removes what this process has written, and the request to stop it; names of others below the address stay.
+
+        The log goes late, its last commit first: what is left of it if this fails is a log, too.
+        """
+        names = sorted({*self._written, request}, reverse=True)
+        for name in sorted(names, key=lambda name: (name == MANIFEST, name.startswith(f"{COMMITS}/"))):
+            self.delete([name])
 
     def upload_new(self, checkpoints: bool, is_last: bool = False) -> None:
         """Uploads files that are new or have changed, and removes what the search has removed.
