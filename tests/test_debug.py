@@ -1,5 +1,7 @@
 """The debug executor: a search in this process, without Ray, with the numbers of the inline executor."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -16,8 +18,9 @@ from carft_ray import files
 from carft_ray.data.sandbox import render
 from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.command import Plan, run_search, train_once
-from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
+from carft_ray.launch.events import Note, Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runtime import Runner
+from carft_ray.launch.stop import stop_on_signal
 from carft_ray.layout import STOP
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study
@@ -25,6 +28,8 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import log_of
 from carft_ray.study.holding import stopping
 from carft_ray.study.rows import trials
+from carft_ray.ui import console
+from carft_ray.ui.progress import search_shown
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +156,38 @@ def test_a_signal_writes_nothing_itself_and_its_name_is_the_reason_in_the_log(tm
     assert numbers == [0]
     assert stopping(log_of(tmp_path / "study")) == "SIGINT"
     assert not (tmp_path / "study" / STOP).exists()
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_terminal_that_closes_asks_to_stop_once_unless_its_signal_is_ignored(before):
+    asked, outside = [], signal.signal(signal.SIGHUP, before)
+    try:
+        with stop_on_signal(asked.append):
+            for _ in range(2):  # of the kernel and of the shell
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+    assert asked == ([] if before is signal.SIG_IGN else ["SIGHUP"])
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_messages_to_a_terminal_or_pipe_that_is_gone_end_nothing(tmp_path, monkeypatch, error, is_live):
+    tried = []
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            tried.append(text)
+            raise error
+
+    monkeypatch.setattr(console, "err", console.Messages(file=Gone(), force_terminal=is_live, _environ={}))
+    with search_shown(True, tmp_path / "study", 2) as show:
+        show(Note("one"))
+        assert tried
+        tried.clear()
+        show(Note("two"))
+    assert tried == []
 
 
 def test_a_signal_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
     """Claims a study, trains what a plan says, and returns what ``end`` makes of it while the study is held.
 
     When the budget is used up, running trainings are asked to write a checkpoint, and the plan has run. Ctrl-C (or
-    SIGTERM) asks them the same and waits for them; a second one does not wait.
+    SIGTERM, or the end of the terminal) asks them the same and waits for them; a second one does not wait.
 
     Args:
         plan: The plan.

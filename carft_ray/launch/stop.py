@@ -30,16 +30,18 @@ END_WITHIN_S = 3600.0  # a search: an evaluation is finished first
 def stop_on_signal(ask: Callable[[str], None]) -> Iterator[None]:
     """Within the block, SIGINT or SIGTERM asks to stop (``Stop.ask``); a second one raises ``KeyboardInterrupt``.
 
-    Outside the main thread, where Python allows no handlers, nothing is handled.
+    So does SIGHUP, unless it is ignored (``nohup``); but a second one is nothing: both the kernel and the shell send it
+    when a terminal closes. Outside the main thread, where Python allows no handlers, nothing is handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
 
     def politely(number: int, frame: FrameType | None) -> None:
         for each in numbers:
-            signal.signal(each, signal.default_int_handler)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.default_int_handler)
         ask(signal.Signals(number).name)
 
     before = [signal.signal(number, politely) for number in numbers]

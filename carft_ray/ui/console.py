@@ -25,8 +25,25 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
+
+
+class Messages(Console):
+    """Says nothing more once its terminal or pipe is gone, where Rich would end the process: a search continues."""
+
+    def on_broken_pipe(self) -> None:
+        """Takes the place of Rich's own, which raises ``SystemExit``."""
+        self.quiet = True
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        """Prints what is ready: all that Rich prints comes through here."""
+        try:
+            super().__exit__(exc_type, exc_value, traceback)
+        except OSError:
+            self.quiet = True
+
+
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Messages(stderr=True, highlight=False, soft_wrap=True)
 _documents: list[TextIO] = []  # where ``print_json`` writes in ``only_json``
 
 
