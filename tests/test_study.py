@@ -18,7 +18,7 @@ from study_steps import contents, failed, finish, optuna_study, run_all, run_sea
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import apply
-from carft_ray.study import attributes
+from carft_ray.study import attributes, opening
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, best_row, trials
@@ -323,6 +323,24 @@ def test_a_log_that_has_lost_trainings_is_an_error_and_nothing_is_removed(study_
     shutil.rmtree(study_dir / "trials")
     (study_dir / "baselines").rename(study_dir / "elsewhere")
     assert [spec.kind for spec in run_search(study_dir, make_recipe(2))][-2:] == ["trial", "trial"]
+
+
+def test_a_study_whose_search_began_a_training_since_it_was_read_is_in_use_and_nothing_is_to_be_moved(
+    study_dir, monkeypatch
+):
+    begin_and_end(study_dir, make_recipe(2))
+    look = opening.foreign_names
+    with contextlib.ExitStack() as other:
+
+        def search_on(folder):  # between the look at the log and that at the folders
+            monkeypatch.setattr(opening, "foreign_names", look)
+            spec = other.enter_context(searching(folder, make_recipe(2))).next()
+            spec.place(folder).mkdir(parents=True)
+            return look(folder)
+
+        monkeypatch.setattr(opening, "foreign_names", search_on)
+        with pytest.raises(StorageError, match="is in use: two searches on one study would damage it"):
+            begin_and_end(study_dir, make_recipe(2))
 
 
 def test_what_this_call_did_not_make_stays_when_the_data_turn_out_unfit_or_the_recipe_is_another(study_dir):

@@ -50,7 +50,7 @@ def open_study(
     is_bare = not foreign_names(study_dir)
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
-            _require_known(study_dir, storage)
+            _require_known(study_dir, log, storage)
             stack.enter_context(held(log, tell))
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             take_back_stop(log)
@@ -77,16 +77,22 @@ def open_study(
             yield study
 
 
-def _require_known(study_dir: Path, storage: JournalStorage) -> None:
+def _require_known(study_dir: Path, log: Log, storage: JournalStorage) -> None:
     """Raises a ``StorageError`` when trainings have begun that the log does not know: it was cut or replaced."""
-    known = {row.name for found in rows.all_rows(storage).values() for row in found}
-    there = [path for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*"))]
-    others = [path for path in there if path.name not in known and any(path.glob(f"{ATTEMPT}*"))]
-    if unknown := [str(path.relative_to(study_dir)) for path in others]:
+    while unknown := _unknown(study_dir, storage):
+        if log.follow():  # a search that runs has begun them since; the claim says that
+            continue
         value = f"one without {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         step = "Restore it from a copy. If there is none, move those folders away; the search then starts without them."
         rule = "must be the log of the trainings in this study"
         raise StorageError(Problem(str(study_dir / COMMITS), rule, value, next_step=step))
+
+
+def _unknown(study_dir: Path, storage: JournalStorage) -> list[str]:
+    known = {row.name for found in rows.all_rows(storage).values() for row in found}
+    there = [path for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*"))]
+    others = [path for path in there if path.name not in known and any(path.glob(f"{ATTEMPT}*"))]
+    return [str(path.relative_to(study_dir)) for path in others]
 
 
 @contextlib.contextmanager
