@@ -12,13 +12,16 @@ from stand_in import make_recipe
 from study_steps import finish, searching
 
 from carft_ray.errors import UsageError
+from carft_ray.launch.command import Plan, run_confirm
 from carft_ray.launch.events import Started
+from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results import confirmation
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.opening import open_study
+from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import confirmations, trials
 from carft_ray.study.running import started
@@ -229,6 +232,17 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
     assert {name: row.values for name, row in rows.items()} == trainings
     assert {name: row.attempt for name, row in rows.items()} == {**dict.fromkeys(trainings, 1), spec.name: 2}
     assert all((rows[name].place(study_dir) / "fine_tuned.safetensors").exists() for name in trainings)
+
+
+def test_a_confirm_that_runs_in_another_way_leaves_the_study_the_recipe_of_its_search(view):
+    debug = view.recipe.resources.model_copy(update={"executor": "debug"})
+    recipe, before = view.recipe.model_copy(update={"resources": debug}), (view.study_dir / "resolved.yaml").read_text()
+    trainings = {"plain-seed7": {"kl_weight": 0, "alpha": 0.5, "seed": 7}}
+    runner = Runner(stand_in.prepare, stand_in.train)
+    run_confirm(Plan(recipe, view.study_dir, runner=runner, given=lambda study: trainings), lambda: None)
+    assert [(row.name, row.outcome) for row in confirmations(view.study_dir)] == [("plain-seed7", "complete")]
+    assert study_recipe(view.study_dir) == view.recipe != recipe
+    assert (view.study_dir / "resolved.yaml").read_text() == before
 
 
 def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):

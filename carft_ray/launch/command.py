@@ -54,7 +54,7 @@ from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, address_in, named
 from carft_ray.study.provenance import record_provenance
-from carft_ray.study.recipe_identity import recorded_recipe
+from carft_ray.study.recipe_identity import recorded_recipe, study_recipe
 from carft_ray.study.recovery import recover_given, recover_running
 from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
 from carft_ray.study.study import Study
@@ -151,12 +151,16 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
     """
     began, recipe, proposes = time.monotonic(), plan.recipe, plan.given is None
     told = Preparing if plan.alone else Note  # `train` resumes what a kill has left, and that is no warning
-    with open_study(plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(told(text))) as study:
+    confirms = plan.kind == "confirm"  # which is no search: `resume` uses the recipe of the last one
+    with open_study(
+        plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(told(text)), keeps_recipe=confirms
+    ) as study:
         on_event = events.to_all(plan.on_event, Curves(study.study_dir, recipe))
         if proposes:
             new_sources(study.log, study.study_dir, recipe)  # a new study vanishes when one is unfit
         trainings = None if plan.given is None else plan.given(study)
-        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe))
+        of_study = study_recipe(study.study_dir, study.log) if confirms else recipe
+        files.write_text(study.study_dir / RESOLVED, dump_recipe(of_study))
         num_before = num_finished(study.rows())
         recovered = recover_running(study) if trainings is None else recover_given(study, trainings, plan.kind)
         for note in (*study.notes, *(own_notes(recipe) if proposes else ())):

@@ -25,7 +25,11 @@ from carft_ray.study.uploads import open_log, uploading
 
 @contextlib.contextmanager
 def open_study(
-    study_dir: Path, recipe: Recipe, change_space: bool = False, tell: Callable[[str], None] = lambda text: None
+    study_dir: Path,
+    recipe: Recipe,
+    change_space: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+    keeps_recipe: bool = False,
 ) -> Iterator[Study]:
     """Opens a study for one search, or makes it: claims it and checks the recipe. Call ``recover_running`` next.
 
@@ -36,6 +40,7 @@ def open_study(
         recipe: The recipe of the search.
         change_space: The search space may change; a change moves the trials to it.
         tell: Told what is waited for, and from whom the study was taken over.
+        keeps_recipe: A study that exists keeps its recipe: what differs holds only this time.
 
     Raises:
         StorageError: Another search runs on it, the study cannot be read or written, or its log has lost trainings.
@@ -69,7 +74,7 @@ def open_study(
                 notes.append("--change-space has no effect: the search space is the same as in the study")
             if moves:
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
-            if kept is not None and differences:
+            if kept is not None and differences and not keeps_recipe:
                 with log.commit(recipe_record(to_record(study_dir, kept, recipe))):
                     notes += move_trials(storage, recipe) if moves else []
             study = Study(study_dir, recipe, log, notes, storage)
