@@ -385,12 +385,21 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
 
     assert [run("n2", end) for end in (tune.die, tune.die, tune.finish)] == [[], [], []]
     assert [run("n2", tune.die) for _ in range(3)] == [[], [], []]  # as if the two before had not been
-    said = Note("3 attempts in a row were lost on node 10.0.0.2; it is left out for 10 minutes")
+    said = Note("3 attempts in a row failed on node 10.0.0.2; it is left out for 10 minutes")
     assert [event for event in tune.events if event == said] == [said]
+    assert tune.start().config["avoid"] == ["n2"]
+    now[0] = 601.0
+    assert bad_nodes.left_out() == []
+
+    def broken(trial):
+        tune.fail(trial, "error", "ImportError: libcudart.so.12")
+
+    assert [run("n2", end) for end in (broken, broken, broken)] == [[], [], []]
+    assert [event for event in tune.events if event == said] == [said] * 2
     assert tune.start().config["avoid"] == ["n2"]
     assert [bad_nodes.failed("n3") for _ in range(4)] == [""] * 4  # never more than half of them
     assert [bad_nodes.failed("gone") for _ in range(4)] == [""] * 4
-    now[0] = 601.0
+    now[0] = 1202.0
     assert bad_nodes.left_out() == []
 
 

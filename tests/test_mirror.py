@@ -596,10 +596,13 @@ def test_an_unfit_new_study_that_is_half_removed_leaves_an_address_that_can_be_u
                     raise StorageError("403 AccessDenied")
                 plain(self, [name])
 
-        with pytest.raises(DataError), open_study(own_folder(address), recipe) as study:
+        def turns_out_unfit(study, delete=delete):
             study.log.write({"kind": "a"})
             monkeypatch.setattr(Bucket, "delete", delete)
             raise DataError("there is no data")
+
+        with pytest.raises(DataError), open_study(own_folder(address), recipe) as study:
+            turns_out_unfit(study)
         monkeypatch.setattr(Bucket, "delete", plain)
         is_gone = not any(name.startswith(f"study-{number}/") for name in server.objects())
         with open_study(own_folder(address), recipe) as study:

@@ -407,6 +407,8 @@ class Driver:
             if failure.outcome == "memory":
                 return
         reason = row.reason if row else failure.reason if failure else ""
+        if (row is None or row.outcome == "error") and not attempt.last_row:  # its surroundings may be broken
+            self._failed_on(_only_node(attempt))
         self._giving_up.count(row is None or row.outcome == "error", reason, self.at_a_time.most)
         if row is None:
             return
@@ -440,7 +442,7 @@ class Driver:
         if attempt.hung:
             reason, details = attempt.hung, "\n".join(filter(None, [attempt.stacks(), details]))
         reason = reason or "its process ended without a message"
-        node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
+        node = _only_node(attempt)
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
@@ -458,15 +460,23 @@ class Driver:
                 self.at_a_time.memory_was_full()
             return
         what = self.study.lost(spec, reason, details)
-        if note := self.bad_nodes.failed(node):
-            self.on_event(events.Note(note))
+        self._failed_on(node)
         if what == "set aside":
             self.on_event(events.TrialSetAside(spec, reason))
         else:
             self.on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
         self._giving_up.count(what != "advanced", reason, self.at_a_time.most, lost=True)
 
+    def _failed_on(self, node: str) -> None:
+        if note := self.bad_nodes.failed(node):
+            self.on_event(events.Note(note))
+
     def _fail(self, error: Exception) -> None:
         """Keeps the first failure, which whoever runs the trainings raises at the end, and asks what runs to stop."""
         self.failure = self.failure or error
         self.study.stop.ask(str(error))
+
+
+def _only_node(attempt: Attempt) -> str:
+    """Returns Ray's name of the node of an attempt; empty where it has several: it is not known which has failed."""
+    return attempt.alive.node_id if attempt.alive and len(attempt.alive.nodes) == 1 else ""

@@ -60,7 +60,7 @@ class BadNodes:
         self._failed.pop(node, None)
 
     def failed(self, node: str) -> str:
-        """Notes that an attempt was lost on a node.
+        """Notes that an attempt was lost on a node, or has raised an exception before its first epoch.
 
         Returns:
             That the node is left out from now on, in a sentence; empty where it is not, or is gone in any case.
@@ -74,8 +74,8 @@ class BadNodes:
             return ""
         number = self._failed.pop(node)
         self._until[node] = self.clock() + LEFT_OUT_S
-        lost = f"{number} attempts in a row were lost on node {nodes[node]}"
-        return f"{lost}; it is left out for {LEFT_OUT_S / 60:g} minutes"
+        failed = f"{number} attempts in a row failed on node {nodes[node]}"
+        return f"{failed}; it is left out for {LEFT_OUT_S / 60:g} minutes"
 
     def left_out(self) -> list[str]:
         """Returns Ray's names of the nodes that are left out now."""
