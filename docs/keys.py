@@ -213,9 +213,13 @@ def method_tables() -> Tables:
 
 
 def result_tables() -> Tables:
-    """Returns the tables of the comparisons that are kept, ``RECIPE, TABLE``: as ``benchmarks.methods`` wrote them."""
+    """Returns the tables of kept comparisons that the page shows, ``RECIPE, TABLE``, as ``benchmarks.methods`` wrote
+    them.
+    """
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
     kept = {path.stem: json.loads(path.read_text("utf-8"))["tables"] for path in sorted(KEPT.glob("*.json"))}
-    return {f"{recipe}, {name}": lines for recipe, tables in kept.items() for name, lines in tables.items()}
+    found = {f"{recipe}, {name}": lines for recipe, tables in kept.items() for name, lines in tables.items()}
+    return {name: lines for name, lines in found.items() if f"<!-- keys: {name} -->" in page}
 
 
 # ---- the commands
