@@ -45,11 +45,11 @@ class Pictures(ArraySource):
             os.close(handle)
         return simplejpeg.encode_jpeg(self.images[index])
 
-    def decode(self, content, index):
-        return decode_image(content, self.place(index))
+    def decoded(self, content, index):
+        return decode_image(content, self.place(index)), "RGB"
 
     def pixels(self, index):
-        return self.decode(self.content(index), index)
+        return self.decoded(self.content(index), index)[0]
 
 
 def halve(image):

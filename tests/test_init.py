@@ -195,7 +195,7 @@ def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
 def test_a_copy_of_a_preset_says_where_its_images_are_missing(tmp_path, capsys):
     assert call(["init", "--preset", "pacs", "--to", tmp_path / "mine" / "pacs.yaml"]) == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert "4 sets cannot be read, the first one: data.train.path: must be the folder of PACS" in err
+    assert "5 sets cannot be read, the first one: data.train.path: must be the folder of PACS" in err
     assert f"but got {tmp_path / 'data' / 'pacs'}" in err
 
 

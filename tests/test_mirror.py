@@ -236,7 +236,7 @@ def test_no_command_that_shows_numbers_fetches_predictions_for_what_it_suggests_
 
 def test_a_killed_pull_leaves_what_the_next_one_removes(address, made, tmp_path):
     code = "import sys; from carft_ray.store import copy; from carft_ray.study import place\n"
-    code += "copy._each = lambda *given: __import__('os')._exit(9)\n"
+    code += "copy.ThreadPoolExecutor = lambda *given: __import__('os')._exit(9)\n"
     code += "place.pull(sys.argv[1], place.Path(sys.argv[2]))"
     command = [sys.executable, "-c", code, address, str(tmp_path / "pulled" / "back")]
     assert subprocess.run(command, env=killed_searches.environment(), check=False).returncode == 9

@@ -340,7 +340,9 @@ def test_the_baseline_of_the_headline_has_its_own_p_value_and_the_others_holms(c
     assert other["headline"].startswith("t0007: no improvement over paper shown")
     worse = compare(SPEC, correct, "fine_tuning", {"paper": 0.6})
     assert worse["better_than_winner"] == ["t0007", "t0002"]
-    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(worse))
+    assert any(
+        line.startswith("By its paired interval t0007 is better than the winner") for line in comparison_lines(worse)
+    )
     assert compare(SPEC, correct, "t0007", {})["headline"] is None
 
 

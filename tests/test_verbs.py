@@ -324,7 +324,7 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
         raise UsageError("no further")
 
     monkeypatch.setattr(actions, "search", search)
-    words = "resume first --trials +4 --executor ray-train --num-workers 2 --json --address auto"
+    words = "resume first --trials 12 --executor ray-train --num-workers 2 --json --address auto"
     assert run(*words.split())[0] == UsageError.exit_code
     [(recipe, study, options)] = asked
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)

@@ -337,8 +337,6 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"data.{name}", "has no effect: the images of data.train are drawn and kept decoded"
     if recipe.data.ood_test and recipe.data.id_test is None:
         yield "data.ood_test", "has no effect: `carft-ray test` needs data.id_test, too"
-    if recipe.data.id_test is not None and recipe.data.ood_val and not recipe.data.ood_test:
-        yield "data.ood_test", "is empty: the objective of `test` is only ID accuracy, unlike that of the search"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:
