@@ -219,7 +219,7 @@ def result_tables() -> Tables:
     page = (ROOT / "docs" / "results.md").read_text("utf-8")
     kept = {path.stem: json.loads(path.read_text("utf-8"))["tables"] for path in sorted(KEPT.glob("*.json"))}
     found = {f"{recipe}, {name}": lines for recipe, tables in kept.items() for name, lines in tables.items()}
-    return {name: lines for name, lines in found.items() if f"<!-- keys: {name} -->" in page}
+    return {name: found[name] for _, name, _ in TABLE.findall(page) if name in found}
 
 
 # ---- the commands

@@ -262,8 +262,15 @@ def confirm(
             say(confirmation.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
-                plan = Plan(recipe, study_dir, address, sent(shown), runner, resume_command=resume_command)
-                plan = replace(plan, given=lambda held: confirmation.fix(held, recipe, first, second, others))
+                plan = Plan(
+                    recipe,
+                    study_dir,
+                    address,
+                    sent(shown),
+                    runner,
+                    given=lambda held: confirmation.fix(held, recipe, first, second, others),
+                    resume_command=resume_command,
+                )
                 return run_confirm(plan, end)
 
         if winner == "confirmed":

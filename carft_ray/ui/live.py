@@ -81,12 +81,12 @@ class SearchView:
         from carft_ray.results.reading.study_view import search_began
         from carft_ray.study.rows import ZERO_SHOT
 
-        running = [row for row in overview.rows if overview.state(row) == "running"]
-        plan = read_plan(overview.study_dir) if any(row.kind == "confirm" for row in running) else None
+        running = {(row.kind, row.name) for row in overview.rows if overview.state(row) == "running"}
+        plan = read_plan(overview.study_dir) if any(kind == "confirm" for kind, _ in running) else None
         view = cls(overview.recipe.train.epochs, overview.rows, clock, "trial" if plan is None else "confirm")
         view._began = search_began(overview.study_dir) or clock()
         for row in overview.rows:
-            if row in running:
+            if (row.kind, row.name) in running:
                 lines = files.read_json_lines(overview.study_dir, f"{row.training}/{METRICS}")
                 began = overview.since[row.kind, row.name]
                 view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})

@@ -192,8 +192,9 @@ class EvaluateConfig(Config):
     every_epochs: NonNegativeInt | None = key(
         None, 2, Resume("identity", "a pruner can cut a training only at an evaluation")
     )
-    """epochs between evaluations on a subset, at the best of alpha .25, .5, .75, 1; 0: only at the end; null: 1 with a
-    pruner, else 0. The evaluation at the end always uses all images"""
+    """epochs between evaluations on a subset, at the best of alpha .25, .5, .75, 1 that is at least
+    `search.alpha.lowest`; 0: only at the end; null: 1 with a pruner, else 0. The evaluation at the end always uses all
+    images"""
     subset: PositiveInt = key(
         250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )

@@ -184,8 +184,7 @@ def _of_best(view: Overview) -> tuple[pa.Table, list[Point]]:
     Where it is at alpha 1, these are two; none where there is no best trial, or no predictions of it.
     """
     best = view.best
-    path = None if best is None else predictions_path(view.study_dir, best)
-    if best is None or path is None or not path.exists():
+    if best is None or not (path := predictions_path(view.study_dir, best)).exists():
         return pa.table({}), []
     table = read_predictions(path)
     wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
