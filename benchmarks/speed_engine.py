@@ -77,7 +77,7 @@ def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
 # ---------------------------------------------------------------------------------------------- trainings of nothing
 
 
-def prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def prepare(recipe: Recipe, folder: Path, say: Callable[[str], None], made_of: Mapping[str, Any]) -> dict[str, Any]:
     """Stands in for ``training.run.prepare``."""
     del recipe, say
     folder.mkdir(parents=True, exist_ok=True)

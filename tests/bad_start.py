@@ -27,7 +27,7 @@ def _import():
         raise ImportError("libnever.so.9: cannot open shared object file")
 
 
-def prepare(recipe, folder, say=None):
+def prepare(recipe, folder, say=None, made_of=None):
     prepared = stand_in.prepare(recipe, folder)
     Path(os.environ["BAD_START_FROM"]).touch()
     del sys.modules["bad_start"]  # Ray uses the process again

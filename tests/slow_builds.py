@@ -97,7 +97,7 @@ def fill_and_ask_to_stop(recipe, prepared_dir, say):
     time.sleep(1000)
 
 
-def prepare_or_die(recipe, prepared_dir, say):
+def prepare_or_die(recipe, prepared_dir, say, made_of):
     """The first time its process dies."""
     try:
         (prepared_dir.parent.parent / "died").touch(exist_ok=False)
@@ -106,21 +106,21 @@ def prepare_or_die(recipe, prepared_dir, say):
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare_for_ever(recipe, folder, say=None):
+def prepare_for_ever(recipe, folder, say, made_of):
     """Asks for a stop of the search, and continues; leaves the number of its process beside the study."""
     (folder.parent.parent / "pid").write_text(str(os.getpid()))
     (folder.parent / STOP).touch()
     time.sleep(1000)
 
 
-def prepare(recipe, folder, say=None):
+def prepare(recipe, folder, say, made_of):
     with slow(folder.parent.parent):
-        return worker.prepare(recipe, folder, say)
+        return worker.prepare(recipe, folder, say, made_of)
 
 
-def prepare_and_empty(recipe, folder, say):
+def prepare_and_empty(recipe, folder, say, made_of):
     """Leaves trials an empty cache, as that of a node that has come later."""
-    prepared = worker.prepare(recipe, folder, say)
+    prepared = worker.prepare(recipe, folder, say, made_of)
     shared_inputs._loaded.clear()
     shutil.rmtree(folder.parent.parent / "cache")
     return prepared

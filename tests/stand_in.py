@@ -58,7 +58,7 @@ def tell(folder, **modes):
     return base
 
 
-def prepare(recipe, folder, say=None):
+def prepare(recipe, folder, say=None, made_of=None):
     folder.mkdir(parents=True, exist_ok=True)
     if (scripts(folder) / "no_data").exists():
         raise DataError("there is no data")

@@ -576,7 +576,7 @@ def test_a_manifest_that_the_bucket_refuses_at_first_is_put_again(server):
 
 
 def test_an_unfit_new_study_removes_only_what_it_has_written(server):
-    def prepare(recipe, folder, say=None):
+    def prepare(recipe, folder, say=None, made_of=None):
         server.put("study/child/manifest.json", b"{}")  # meanwhile, by somebody else
         raise DataError("there is no data")
 
@@ -613,7 +613,7 @@ def test_an_unfit_new_study_that_is_half_removed_leaves_an_address_that_can_be_u
 
 
 def test_an_unfit_new_study_removes_nothing_that_others_have_put_there_before_it_listed_the_bucket(server):
-    def prepare(recipe, folder, say=None):
+    def prepare(recipe, folder, say=None, made_of=None):
         raise DataError("there is no data")
 
     def strike(method, path):

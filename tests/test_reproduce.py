@@ -20,6 +20,7 @@ from sources import folder_source
 from study_steps import contents, searching
 
 from carft_ray import environment
+from carft_ray.data.made_of import differences_of
 from carft_ray.data.source import set_digest
 from carft_ray.errors import CarftError, DataError, HoldOutError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -35,7 +36,7 @@ from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.provenance import identity_problems, record_provenance
+from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recipe_identity import claim
 from carft_ray.study.rows import best_first, trials
 from carft_ray.training.run import prepare
@@ -388,16 +389,16 @@ def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others(
     """Labels that are numbers have the names of their classes from elsewhere: the contents of the sets do not tell."""
     known = {"data": {}, "model": {"weights_hash": "ab"}}
     known |= {"classes": ["cat", "dog"], "augmentation": {"view_version": 1}, "preparation": {"compile": True}}
-    assert identity_problems(known, dict(known)) == []
+    assert differences_of(known, dict(known)) == []
     for part, now, told in (
         ("model", {"weights_hash": "cd"}, 'model: the weights must be as in the study, "ab", but got "cd"'),
-        ("classes", ["dog", "cat"], 'data.classes: the classes must be as in the study, ["cat", "dog"], but got ['),
+        ("classes", ["dog", "cat"], "data.classes: the classes must be as in the study, hash "),
         ("augmentation", {"view_version": 2}, "code: the training views must be as in the study, 1, but got 2"),
         ("preparation", {"compile": False}, "train.compile: the meaning of auto must be as in the study, true, but"),
     ):
-        (problem,) = identity_problems(known, {**known, part: now})
+        (problem,) = differences_of(known, {**known, part: now})
         assert str(problem).startswith(told)
-    assert identity_problems({"data": {}, "model": 1}, {"data": {}}) == []  # of a test set, which has no views
+    assert differences_of({"data": {}, "model": 1}, {"data": {}}) == []  # of a test set, which has no views
 
 
 def test_images_may_move_or_be_touched_and_are_no_others(original, tmp_path):

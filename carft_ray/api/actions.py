@@ -450,7 +450,7 @@ def export(
     from carft_ray.results.reading.trained import open_trained
 
     asked = parse_formats(several(formats))
-    trained = open_trained(folder, trial, f"export {{}} --to {shlex.quote(str(to))}", trust_paths)
+    trained = open_trained(folder, trial, f"export {{}} --to {shlex.quote(str(to))}", trust_paths, with_sets=False)
     return export_model(trained, Path(to), alpha, asked)
 
 

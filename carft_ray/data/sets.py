@@ -17,11 +17,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, StoredSource, and_more, text_problems
+from carft_ray.data.made_of import contents, images_of, require_same
 from carft_ray.data.records import records, without_bad_images
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import DIGEST_BYTES, IdArray, Source
@@ -291,8 +293,8 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
     return sandbox.SandboxSource(spec.domain, spec.split, spec.num_per_class, name)
 
 
-def write_sets(recipe: Recipe, folder: Path) -> None:
-    """Lists the sets of training and validation, and keeps what was found in a folder.
+def write_sets(recipe: Recipe, folder: Path, made_of: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Lists the sets of training and validation, compares them, and keeps what was found in a folder.
 
     Files that no command has read yet are read now, for their hashes (``data.records``). Sets that the sandbox draws
     are not kept: they are not listed.
@@ -300,16 +302,48 @@ def write_sets(recipe: Recipe, folder: Path) -> None:
     Args:
         recipe: The recipe, without the images that are left out (``without_shared``).
         folder: Of the preparation.
+        made_of: What the study was made of (``data.made_of``); empty for a new one.
 
     Raises:
-        DataError: A set cannot be opened, or a file not be read.
+        DataError: A set cannot be opened, or a file not be read. Or one is not that of the study: nothing is written.
         StorageError: The folder or the cache cannot be written.
     """
-    for name, source in open_sets(recipe).items():
-        images = source.images if isinstance(source, CorruptedSource) else source
-        if isinstance(images, StoredSource):
-            digests = records(images, cache_dir(recipe)).hashes()
-            write_table(folder / SETS / f"{name}.arrow", _table(images, digests, _key(recipe, name)))
+    sources = open_sets(recipe)
+    images = {name: one for name, source in sources.items() if isinstance(one := images_of(source), StoredSource)}
+    digests = {name: records(each, cache_dir(recipe)).hashes() for name, each in images.items()}
+    found = {name: contents(sources[name], known) for name, known in digests.items()}
+
+    def changed(name: str) -> list[str]:
+        return changed_images(folder, name, images[name], digests[name])
+
+    require_same(made_of, {"data": found, "classes": list(sources[TRAIN].class_names)}, changed)
+    for name, known in digests.items():
+        table = _table(images[name], known, _key(recipe, name))
+        write_table(folder / SETS / f"{name}.arrow", table)
+
+
+def changed_images(folder: Path, name: str, images: StoredSource, digests: Sequence[bytes]) -> list[str]:
+    """Returns which images of a set are not as ``write_sets`` has kept them; none if it has kept none.
+
+    Args:
+        folder: Of the preparation.
+        name: Of the set.
+        images: The set as it is now.
+        digests: Hashes of its files.
+    """
+    kept = open_table(folder / SETS / f"{name}.arrow")
+    if kept is None or not {"name", "label", "digest"} <= {*kept.column_names}:
+        return []
+    names = images.listing.table["name"].take(pa.array(images.rows)).to_pylist()
+    now = dict(zip(names, zip(images.labels.tolist(), digests, strict=True), strict=True))
+    columns = (kept[column].to_pylist() for column in ("name", "label", "digest"))
+    was = {each: (label, digest) for each, label, digest in zip(*columns, strict=True)}
+    words = [f"{each} is missing" for each in was if each not in now] + [
+        f"{each} is new" for each in now if each not in was
+    ]
+    both = [each for each in now if each in was]
+    words += [f"{each} has changed" for each in both if now[each][1] != was[each][1]]
+    return words + [f"{each} has another class" for each in both if now[each][0] != was[each][0]]
 
 
 def open_sets(recipe: Recipe, folder: Path | None = None) -> dict[str, Source]:

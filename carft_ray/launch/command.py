@@ -53,7 +53,7 @@ from carft_ray.study.holding import is_ours, is_study
 from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, address_in, named
-from carft_ray.study.provenance import record_provenance
+from carft_ray.study.provenance import made_of, record_provenance
 from carft_ray.study.recipe_identity import recorded_recipe, study_recipe
 from carft_ray.study.recovery import recover_given, recover_running
 from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
@@ -283,8 +283,12 @@ def prepare(study: Study, runtime: Runtime, say: Say) -> dict[str, Any]:
 
     Returns:
         Zero-shot metrics and counts (``training.run.prepare``).
+
+    Raises:
+        DataError: Images, classes, prompts or weights are not those of the study, in which nothing has changed.
+        CarftError: As ``run_prepare``.
     """
-    metrics = run_prepare(runtime, say, study.stop.asked)
+    metrics = run_prepare(replace(runtime, made_of=made_of(study.log)), say, study.stop.asked)
     record_provenance(runtime.study_dir, study.log, runtime.recipe, metrics.pop("provenance", None))
     return metrics
 

@@ -53,7 +53,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
     Raises:
         CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
     """
-    write_sets(runtime.recipe, runtime.study_dir / PREPARED)
+    write_sets(runtime.recipe, runtime.study_dir / PREPARED, runtime.made_of)
     if runtime.in_process or (runtime.runner.fill is None and runtime.files is None):
         return
     nodes = _nodes_for_trainings(runtime.capacity)
@@ -207,7 +207,8 @@ def run_prepare(
     capacity, folder = runtime.capacity, runtime.study_dir / PREPARED
     if runtime.in_process:
         fill_nodes(runtime, say, asked)
-        return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
+        recipe = with_threads(runtime.recipe, environment.usable_cores())
+        return runtime.runner.prepare(recipe, folder, say, runtime.made_of)
     kind = {name: amount for name, amount in capacity.worker_resources.items() if name not in ("CPU", "GPU")}
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
@@ -247,4 +248,5 @@ def _prepare(runtime: Runtime) -> dict[str, Any]:
     num_cpus = next(node["Resources"].get("CPU", 1) for node in nodes_alive() if node["NodeID"] == node_id)
     say = partial(_say, runtime.mailbox, PREPARING, "")
     with prepared_at_hand(runtime) as folder:
-        return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, say)
+        recipe = with_threads(runtime.recipe, max(1, int(num_cpus)))
+        return runtime.runner.prepare(recipe, folder, say, runtime.made_of)

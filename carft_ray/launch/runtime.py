@@ -23,7 +23,7 @@ from carft_ray.training.run_context import RunContext
 
 Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], None]
-Prepare = Callable[[Recipe, Path, Say], dict[str, Any]]
+Prepare = Callable[[Recipe, Path, Say, Mapping[str, Any]], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
 STOP_CHECK_S = 0.5
 VIEW_FIELDS = ("seed", "crop_scale", "context_scale", "precision")
@@ -34,7 +34,7 @@ class Runner:
     """What is run; functions that Ray moves by name.
 
     Attributes:
-        prepare: Does once what all trainings share.
+        prepare: Does once what all trainings share; writes nothing if something is not as the study was made of.
         train: One training.
         fill: Builds what the cache of its node lacks, for trainings that read sets; None: they read none.
     """
@@ -61,6 +61,7 @@ class Runtime:
         commit: Number and digest of a commit of this search, by which a node knows the study's folder.
         first_commit: Digest of the first one, which tells studies apart.
         bucket: Address of a study in a bucket that nodes may use themselves; empty: all go through ``files``.
+        made_of: What the study was made of (``data.made_of``), for its preparation; empty for a new study.
     """
 
     recipe: Recipe
@@ -75,6 +76,7 @@ class Runtime:
     commit: tuple[int, str] = (0, "")
     first_commit: str = ""
     bucket: str = ""
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nested(self) -> bool:

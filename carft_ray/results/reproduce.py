@@ -18,14 +18,15 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
-from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
+from carft_ray.data.made_of import require_same
+from carft_ray.errors import CarftError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
 from carft_ray.launch.worker import RUNNER
 from carft_ray.recipe.schema.recipe import Recipe, alone, single, with_keys
 from carft_ray.results.compare import origin
 from carft_ray.results.reading.finished import Finished, open_finished
-from carft_ray.study.provenance import differences, identity_problems, leaves
+from carft_ray.study.provenance import differences, leaves
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.training import result_of
 from carft_ray.training.checkpoint import load_tensors
@@ -94,7 +95,7 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     kept, then, shared = finished.provenance, finished.predictions(), read_shared(finished.folder)
     say("comparing the images with those of the study")
     base = without_shared(finished.base, shared)
-    _require_same(kept, {"data": set_contents(base)})
+    require_same(kept, {"data": set_contents(base)})
     prepare = partial(_prepare, _as_computed(base, kept["preparation"], out_dir), kept)
     train = partial(_train, finished.result.get("references", {}))
     was = finished.recipe if finished.row.kind == "trial" else alone(finished.recipe)
@@ -111,24 +112,16 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     return _compared(finished, then, open_finished(out_dir, ZERO_SHOT if finished.is_zero_shot else None))
 
 
-def _prepare(
-    shared: Recipe, kept: dict[str, Any], recipe: Recipe, folder: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Prepares what the first time has prepared, with what it computed with (``shared``), whatever ``recipe`` says."""
-    found = RUNNER.prepare(shared, folder, say)
-    _require_same(kept, found["provenance"])
-    return found
+def _prepare(shared: Recipe, kept: Mapping[str, Any], *given: Any) -> dict[str, Any]:
+    """Prepares what the first time has prepared, with what it computed with (``shared``), whatever the recipe says."""
+    _, folder, say, _ = given
+    return RUNNER.prepare(shared, folder, say, kept)
 
 
 def _train(references: Mapping[str, float], *given: Any) -> dict[str, Any]:
     """Runs a training whose constraints compare with what they compared with the first time."""
     recipe, out_dir, prepared_dir, context, attempt = given
     return RUNNER.train(recipe, out_dir, prepared_dir, replace(context, references=references), attempt)
-
-
-def _require_same(kept: dict[str, Any], found: dict[str, Any]) -> None:
-    if problems := identity_problems(kept, found):
-        raise DataError(problems)
 
 
 def _environment(finished: Finished) -> Mapping[str, Any]:

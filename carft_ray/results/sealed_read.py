@@ -12,6 +12,7 @@ import dataclasses
 import secrets
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from carft_ray.data.cache import cache_dir
 from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.find import digests_of_tests
-from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
+from carft_ray.data.copies.shared_images import find_shared, read_shared, write_shared
 from carft_ray.data.role_checks import check_roles, check_sets
-from carft_ray.data.sets import open_source
+from carft_ray.data.sets import listing_once, open_source
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, StorageError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
@@ -35,12 +36,13 @@ from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.results import test_summary
 from carft_ray.results.reading import study_view
-from carft_ray.results.reading.trained import open_run, require_weights
+from carft_ray.results.reading.trained import Trained, open_run, require_weights, start_of_study
 from carft_ray.results.test_summary import changed_lines, compared_rows, read_record, summarise
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
 from carft_ray.study.place import named
+from carft_ray.study.provenance import made_of
 from carft_ray.study.recipe_identity import recipe_for_use, resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
 from carft_ray.study.training import TrialRow
@@ -49,7 +51,7 @@ from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
-from carft_ray.training.shared_inputs import load_shared_inputs
+from carft_ray.training.shared_inputs import Start
 from carft_ray.untrusted import visible
 from carft_ray.words import counted, time_left, times
 
@@ -87,6 +89,10 @@ def read_sealed(
     with held(log, say), uploading(log):
         files.remove_remains(study_dir)
         entries, entry = ledger.read_ledger(study_dir, log), _read_to_continue(study_dir, log, reason)
+        recipe_here = with_threads(recipe, environment.usable_cores())  # no trials run beside it
+        set_up(recipe_here)
+        kept = made_of(log)
+        start = start_of_study(recipe_here, kept)
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
@@ -96,24 +102,29 @@ def read_sealed(
         for row in trained.values():
             require_weights(study_dir, row, recipe)
         digests, problems = _digests(recipe)
+        noted = ledger.noted_test_sets(log)
         if entry is None:
+            if reason is None:
+                problems += _require_noted(study_dir, noted, digests)
             sets = tuple(source.name for source in sources)
-            details = {**compared, test_summary.NOTE_NAME: secrets.token_hex(8), test_summary.DIGESTS: digests}
+            details = {**compared, test_summary.NOTE_NAME: secrets.token_hex(8), **digests}
             entry = ledger.record(study_dir, log, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            _require_same_images(study_dir, entry, digests)
+            _require_as_begun(study_dir, entry, digests)
             say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in ledger.reads_of(entries))
-        elsewhere, more = test_summary.note_read(study_dir, recipe, [*entries, entry], digests) if digests else ([], [])
+        elsewhere, more = list[test_summary.OtherRead](), list[str]()
+        if digests:
+            elsewhere, more = test_summary.note_read(study_dir, recipe, [*entries, entry], digests[ledger.DIGESTS])
         for line in (*problems, *more, *test_summary.lines_of_other_reads(elsewhere)):
             say(line)
-        noted = ledger.noted_test_sets(log) or {}
-        changed = [name for name, digest in digests.items() if noted.get(name, digest) != digest]
+        changed = _changed(noted, digests)
         for line in changed_lines(changed):
             say(line)
         folder = _read_dir(study_dir, number)
-        tables = _evaluate(study_dir, recipe, runs, trained, sources, folder, log, say)
+        models = partial(open_run, study_dir, recipe=recipe_here, inputs=start, kept=kept)
+        tables = _evaluate(study_dir, recipe_here, start, models, runs, trained, sources, folder, log, say)
         record = {**read_record(entry, entries, number, elsewhere), "changed_sets": changed}
         content = summarise(recipe, compared, read_shared(study_dir), tables, record)
         log.check()
@@ -187,18 +198,53 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
     return reads[-1] if reads else None
 
 
-def _digests(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
-    """Returns ``digests_of_tests`` and no line; none of them, and a line, if they cannot be made."""
+def _digests(recipe: Recipe) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Returns digests of the test sets as the ledger notes them, and no line; if they cannot be made, a line alone."""
+    digests = partial(digests_of_tests, recipe, cache_dir(recipe))
     try:
-        return digests_of_tests(recipe, cache_dir(recipe)), []
+        with listing_once():
+            return {ledger.DIGESTS: digests(), ledger.WITH_CLASSES: digests(with_classes=True)}, []
     except (CarftError, OSError) as error:
         return {}, [f"it is unknown whether these images have changed or other studies have read them: {error}"]
 
 
-def _require_same_images(study_dir: Path, entry: ledger.Entry, digests: Mapping[str, str]) -> None:
+def _changed(before: Mapping[str, Any], digests: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Returns the sets whose images, or their classes, are not as before; what was not noted is not compared."""
+    pairs = [(before.get(key) or {}, now) for key, now in digests.items()]
+    return sorted({name for was, now in pairs for name in now if was.get(name, now[name]) != now[name]})
+
+
+def _require_noted(
+    study_dir: Path, noted: Mapping[str, Mapping[str, str]], digests: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """Compares the test sets with those of the beginning of the search.
+
+    Returns:
+        A line that names what was not noted then, and is not compared.
+
+    Raises:
+        DataError: Images, or their classes, are others.
+    """
+    problems = []
+    for name in _changed(noted, digests):
+        rule, key = "its images must be those with which the search began", ledger.DIGESTS
+        if noted[key].get(name) == digests[key][name]:
+            rule, key = "its images must have the classes that they had when the search began", ledger.WITH_CLASSES
+        hashes = [each[key][name][:12] for each in (noted, digests)]
+        place = f"data.{name}" if name == test_summary.ID_TEST else f"data.ood_test.{name}"
+        problems.append(Problem(place, f"{rule}, digest {hashes[0]}", f"digest {hashes[1]} now"))
+    if problems:
+        step = "The test sets are still sealed. Restore them. Or read them as they are now, with a reason that every "
+        step += f"report shows: {_again(study_dir)}"
+        raise DataError([*problems[:-1], dataclasses.replace(problems[-1], next_step=step)])
+    unknown = {name for key, now in digests.items() for name in now if name not in noted.get(key, {})}
+    names = ", ".join(sorted(unknown))
+    return [f"not compared with the beginning of the search, which has not noted it: {names}"] if unknown else []
+
+
+def _require_as_begun(study_dir: Path, entry: ledger.Entry, digests: Mapping[str, Mapping[str, str]]) -> None:
     """Refuses to continue a read with other images: its configurations would be compared on different ones."""
-    before = entry.details.get(test_summary.DIGESTS) or digests
-    if digests and (changed := [name for name in digests if before.get(name) != digests[name]]):
+    if changed := _changed(entry.details, digests):
         rule = "must have the images with which this read began"
         step = f"Restore them, and the read continues. Or read all of them: {_again(study_dir)}"
         raise HoldOutError(Problem(f"{study_dir}: {', '.join(changed)}", rule, "others", next_step=step))
@@ -250,6 +296,8 @@ def _trainings(study_dir: Path, names: Iterable[str]) -> dict[str, TrialRow]:
 def _evaluate(
     study_dir: Path,
     recipe: Recipe,
+    start: Start,
+    opened: Callable[..., Trained],
     runs: Mapping[str, Sequence[float]],
     trained: Mapping[str, TrialRow],
     sources: Sequence[Source],
@@ -262,10 +310,7 @@ def _evaluate(
     Returns:
         Predictions by the folder of the training, zero-shot by its name.
     """
-    recipe = with_threads(recipe, environment.usable_cores())  # no trials run beside it
-    set_up(recipe)
-    inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
-    clip, batch_size = inputs.clip, recipe.evaluate.batch_size
+    clip, batch_size = start.clip, recipe.evaluate.batch_size
     paths = {name: folder / f"{name}.parquet" for name in runs}
     missing = {name: len(alphas) for name, alphas in runs.items() if not paths[name].exists()}
     sets: list[ImageSet] = []
@@ -279,7 +324,7 @@ def _evaluate(
             heads = load_tensors(files.inside(study_dir, f"{PREPARED}/{HEADS}"))
             classifier = build_classifier(clip, heads["class_head"], recipe.train, device_of(recipe))
             return predict_all(classifier, sets, 0.0, batch_size, RunContext())
-        with open_run(study_dir, row, recipe, row.name).mixtures() as mixed:
+        with opened(row, name=row.name).mixtures() as mixed:
             return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
 
     tables: dict[str, pa.Table] = {}

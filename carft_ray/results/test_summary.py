@@ -42,7 +42,7 @@ from carft_ray.words import counted, times
 
 ID_TEST = "id_test"
 NOTES = "test_reads"
-NOTE_NAME, DIGESTS = "note", "digests"  # in the details of a read's line in the ledger: of its file; of its test sets
+NOTE_NAME = "note"  # in the details of a read's line in the ledger: of its file
 _MOST_BYTES, _MOST_SHOWN = 2**20, 3
 # a read by another study: ``study`` (its folder, when it read), ``time`` (ISO 8601), ``user``, and ``sets``: those of
 # this study that have the very images which were read there

@@ -26,6 +26,7 @@ from carft_ray.recipe import space
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log, log_of
+from carft_ray.study import typed
 from carft_ray.study.holding import check_fit, held, is_study
 from carft_ray.study.recipe_identity import compare, read_manifest
 from carft_ray.study.rows import all_rows, readable
@@ -42,24 +43,36 @@ AGAINST = "against"  # in the details of WINNER_FIXED: reads of the studies whos
 
 
 TEST_SETS = "test sets"  # kind of a record of the log: digests of the test sets' images when the search began
+DIGESTS, WITH_CLASSES = "digests", "with_classes"  # its keys, also in the details of a read: images, with their classes
 
 
-def note_test_sets(log: Log, digests: Callable[[], dict[str, str]]) -> None:
+def note_test_sets(log: Log, digests: Callable[..., dict[str, str]]) -> None:
     """Notes once in a study which images its test sets have; nothing if one cannot be read now.
+
+    Args:
+        log: By which the study is held.
+        digests: ``digests_of_tests`` of its recipe.
 
     Raises:
         StorageError: It cannot be written.
     """
-    if noted_test_sets(log) is None:
+    if not noted_test_sets(log):
         with contextlib.suppress(DataError):
-            found = digests()
-            if found:
-                log.write({"kind": TEST_SETS, "digests": found})
+            if found := digests():
+                log.write({"kind": TEST_SETS, DIGESTS: found, WITH_CLASSES: digests(with_classes=True)})
 
 
-def noted_test_sets(log: Log) -> dict[str, str] | None:
-    """Returns what ``note_test_sets`` has noted; None if it has not."""
-    return next((record["digests"] for _, record in log.records if record.get("kind") == TEST_SETS), None)
+def noted_test_sets(log: Log) -> dict[str, dict[str, str]]:
+    """Returns what ``note_test_sets`` has noted, ``digests`` and ``with_classes`` by set; empty if it has not.
+
+    Raises:
+        StorageError: carft-ray has not written it.
+    """
+    for _, record in log.records:
+        if record.get("kind") == TEST_SETS:
+            noted = typed.checked(typed.TestSets, record, f"{log}/{COMMITS}")
+            return {name: noted.get(name) or {} for name in (DIGESTS, WITH_CLASSES)}
+    return {}
 
 
 @dataclass(frozen=True)

@@ -8,36 +8,23 @@ history                                             later searches on other code
 """
 
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from carft_ray import environment
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
-from carft_ray.errors import DataError, Problem
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.written import dotted, shown
+from carft_ray.recipe.written import dotted
 from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.untrusted import require_plain
 
 PROVENANCE = "provenance"  # kind of its records
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
-_COMPARED = (  # besides the sets: place, what it is, its keys in the provenance, next step
-    ("data.classes", "the classes", ("classes",), "Restore their names and order"),
-    ("model", "the weights", ("model", "weights_hash"), "Restore the weights"),
-    ("train.compile", "the meaning of auto", ("preparation", "compile"), "Restore the study's folder prepared"),
-    (
-        "code",
-        "the training views",
-        ("augmentation", "view_version"),
-        "Run the code of the study (its commit is recorded there)",
-    ),
-)
 
 
 def known_at_once(recipe: Recipe) -> dict[str, Any]:
@@ -70,6 +57,12 @@ def provenance_of(log: Log) -> dict[str, Any]:
     return content
 
 
+def made_of(log: Log) -> dict[str, Any]:
+    """Returns what a study was made of (``data.made_of``): its provenance; empty before its first preparation."""
+    known = provenance_of(log)
+    return known if "data" in known else {}
+
+
 def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, Any] | None) -> None:
     """Completes the provenance of a study (or training) after its preparation.
 
@@ -79,10 +72,10 @@ def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, A
         folder: The claimed folder.
         log: By which it is held.
         recipe: The recipe of this search.
-        found: What the preparation has found of data, model and its machine; None: nothing to record.
+        found: What the preparation has found of data and model, compared with what the study was made of, and of its
+            machine; None: nothing to record.
 
     Raises:
-        DataError: Data or model are not those of the study.
         StorageError: The log cannot be written.
     """
     if found is None:
@@ -92,8 +85,6 @@ def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, A
     now = {**now, **found, "hardware": {**now["hardware"], **found.get("hardware", {})}}
     now["shared_images"] = {"policy": recipe.data.shared_images, "counts": shared_counts(read_shared(folder))}
     if "data" in before:
-        if problems := identity_problems(before, now):
-            raise DataError(problems)
         latest = (before.get("history") or [before])[-1]
         if not differences({key: latest.get(key) for key in CHANGING}, {key: now[key] for key in CHANGING}):
             return
@@ -101,39 +92,6 @@ def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, A
         entry = {"at": at, **{key: now[key] for key in CHANGING}}
         now = {**before, "history": [*before.get("history", []), entry]}
     log.write(record_of(now))
-
-
-def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:
-    """Returns a problem for every set, for the model, and for the views, that are not what the provenance says.
-
-    Args:
-        before: A complete provenance.
-        now: What was found now; a set that it does not name is not compared.
-    """
-    problems = []
-    for name, kept in before["data"].items():
-        found = now.get("data", {}).get(name)
-        if found is None or found == kept:
-            continue
-        place = f"data.{name}" if name in ("train", "id_val") else f"data.ood_val.{name}"
-        rule = f"the contents of this set must be those of the study, digest {kept['digest'][:12]}"
-        value = f"digest {found['digest'][:12]} now"
-        if found["num_images"] != kept["num_images"]:
-            value += f", {found['num_images']} images instead of {kept['num_images']}"
-        step = "Restore the images, or start again in another folder: results on two data sets cannot be mixed."
-        problems.append(Problem(place, rule, value, next_step=step))
-    for place, what, keys, step in _COMPARED:
-        kept, found = (_at(each, keys) for each in (before, now))
-        if None not in (kept, found) and kept != found:
-            rule = f"{what} must be as in the study, {shown(kept)}"
-            problems.append(Problem(place, rule, shown(found), next_step=f"{step}, or start again in another folder."))
-    return problems
-
-
-def _at(found: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:

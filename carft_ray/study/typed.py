@@ -138,6 +138,15 @@ class Contents(_Strict):
     num_images: Count
 
 
+class TestSets(_Strict):
+    """Digests of the test sets when the search began (``study.ledger``)."""
+
+    __test__ = False  # no class of tests
+
+    digests: dict[str, Words] = {}
+    with_classes: dict[str, Words] = {}
+
+
 class Origin(_Strict):
     """Code and machines of a search."""
 

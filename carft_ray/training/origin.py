@@ -4,28 +4,30 @@
 training to its ``result.json``. Test sets are never opened.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.corruptions import CorruptedSource
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.made_of import contents, images_of
 from carft_ray.data.records import records
 from carft_ray.data.sets import open_sets
-from carft_ray.data.source import image_digest, image_digests, set_digest
+from carft_ray.data.source import image_digest, image_digests
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
+from carft_ray.model.clip import Clip
 from carft_ray.model.device import device_name
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.shared_inputs import SharedInputs
 
 
 def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool) -> dict[str, Any]:
-    """Returns what all trainings of a study share, as plain data.
+    """Returns what all trainings of a study share, as plain data: ``start_of``, and
 
-    ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
-    ``model`` (``weights_hash``) and ``preparation`` (``device``, ``threads``, ``compile``: what ``auto`` means).
+    ``data`` (per set ``digest`` and ``num_images``), ``augmentation``, and ``preparation`` (``device``, ``threads``,
+    ``compile``: what ``auto`` means).
 
     Raises:
         DataError: An image cannot be read.
@@ -33,9 +35,7 @@ def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is
     clip = inputs.clip
     return {
         "data": set_contents(recipe, inputs),
-        "classes": list(inputs.train.class_names),
-        "class_names": list(inputs.class_names),
-        "templates": list(inputs.templates),
+        **start_of(clip, inputs.train.class_names, inputs.class_names, inputs.templates),
         "augmentation": {
             "view_version": VIEW_VERSION,
             "crop_scale": [recipe.train.crop_scale, 1.0],
@@ -45,7 +45,6 @@ def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is
             "std": list(clip.std),
             "evaluation": clip.input_key,
         },
-        "model": {"weights_hash": clip.weights_hash},
         "preparation": {
             "device": device_name(device),
             "threads": torch.get_num_threads(),
@@ -54,38 +53,45 @@ def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is
     }
 
 
-def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str, dict[str, Any]]:
-    """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
+def start_of(
+    clip: Clip, classes: Sequence[str], class_names: Sequence[str], templates: Sequence[str]
+) -> dict[str, Any]:
+    """Returns ``classes``, ``class_names``, ``templates`` and ``model`` (``weights_hash``) of a provenance."""
+    words = {"classes": classes, "class_names": class_names, "templates": templates}
+    return {name: list(each) for name, each in words.items()} | {"model": {"weights_hash": clip.weights_hash}}
 
-    ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
+
+def set_contents(
+    recipe: Recipe, inputs: SharedInputs | None = None, are_read: Callable[[str], bool] = lambda name: True
+) -> dict[str, dict[str, Any]]:
+    """Returns ``made_of.contents`` of train, id_val and every set of ood_val, or of those that are read.
 
     The digest of a set of files is that of the files. With ``inputs``, files that are known (``data.records``) are
-    not read again; without, all are read now. Pictures of the sandbox are
-    drawn by the package, which takes long: they are taken as ``inputs`` holds them; without, they are left out.
+    not read again; without, all are read now. Pictures of the sandbox are drawn by the package, which takes long: they
+    are taken as ``inputs`` holds them; without, they are left out.
 
     Raises:
         DataError: A file cannot be read.
     """
     decoded = {} if inputs is None else {image_set.name: image_set for image_set in inputs.validation}
-    contents: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, source in (open_sets(recipe) if inputs is None else inputs.sources).items():
-        images = source.images if isinstance(source, CorruptedSource) else source
+        if not are_read(name):
+            continue
+        images = images_of(source)
         if isinstance(images, StoredSource):
             known = images.hashes()
             if known is None and inputs is not None:
                 known = records(images, cache_dir(recipe)).hashes()
-            if known is not None and isinstance(source, CorruptedSource):
-                known = [image_digest(source.shown_content(digest)) for digest in known]
+            known = image_digests(images) if known is None else known
         elif inputs is None:
             continue
         elif name in decoded:
             known = [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC]
         else:
             known = image_digests(inputs.train)
-        contents[name] = {"digest": set_digest(source, known), "num_images": len(source)}
-        if skipped := getattr(images, "skipped", ()):
-            contents[name]["num_skipped"] = len(skipped)
-    return contents
+        found[name] = contents(source, known)
+    return found
 
 
 def training_environment(device: torch.device, num_workers: int, is_compiled: bool) -> dict[str, Any]:

@@ -12,17 +12,19 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from carft_ray import files, layout
+from carft_ray.data.made_of import differences_of, require_same
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
-from carft_ray.errors import RecipeError
+from carft_ray.errors import MachineError, RecipeError
 from carft_ray.evaluation.alpha import (
     At,
     alphas_at_chance,
@@ -46,7 +48,7 @@ from carft_ray.store.record import left, write_result
 from carft_ray.training.checkpoint import load_tensors, save_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all, subset
 from carft_ray.training.loop import fine_tune
-from carft_ray.training.origin import shared_origin, training_environment
+from carft_ray.training.origin import shared_origin, start_of, training_environment
 from carft_ray.training.out_of_memory import explained_shortage, free_device, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
 from carft_ray.training.own_training import own_fine_tune
@@ -73,6 +75,7 @@ def prepare(
     recipe: Recipe,
     folder: Path,
     on_progress: Callable[[str], None] | None = None,
+    made_of: Mapping[str, Any] = MappingProxyType({}),
     opened: SharedInputs | None = None,
 ) -> dict[str, Any]:
     """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions.
@@ -81,6 +84,7 @@ def prepare(
         recipe: The study's recipe.
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
         on_progress: Called with what is being done.
+        made_of: What the study was made of (``data.made_of``); empty for a new one.
         opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
     Returns:
@@ -90,6 +94,7 @@ def prepare(
 
     Raises:
         RecipeError: The image tower cannot do what the recipe asks of it.
+        DataError: Something is not as the study was made of; nothing is written.
         CarftError: As its message says.
     """
     say = on_progress or logger.info
@@ -105,6 +110,10 @@ def prepare(
         content = files.read_object(folder, layout.PREPARATION) or {}
     if content.get("key") != key:
         clip, device = inputs.clip, device_of(recipe)
+        # decided once for a study
+        compiled = content["compile"] if "compile" in content else compiles(recipe.train, len(inputs.train), device)
+        origin = shared_origin(recipe, inputs, device, compiled) if opened is None else {}
+        require_same(made_of, origin)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
         with files.new_file(folder / layout.HEADS) as temporary:
             save_tensors(temporary, heads)
@@ -114,8 +123,6 @@ def prepare(
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / layout.ZERO_SHOT_TABLE, table)
-        # decided once for a study
-        compiled = content["compile"] if "compile" in content else compiles(recipe.train, len(inputs.train), device)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
@@ -124,9 +131,10 @@ def prepare(
             "logit_scale": clip.logit_scale,
             "num_contexts": len(inputs.templates),
             "compile": compiled,
-            "provenance": shared_origin(recipe, inputs, device, compiled) if opened is None else {},
+            "provenance": origin,
         }
         files.write_json(folder / layout.PREPARATION, content)
+    require_same(made_of, content["provenance"])
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics", "compile")}
     return {**content["metrics"], **others, "provenance": provenance}
@@ -159,7 +167,8 @@ def run_training(
         DivergedError: The loss is not finite, or the ID accuracy is at most chance at every alpha above 0.
         OutOfMemoryError: The device has no memory for the micro-batch; in an evaluation, for a single image or for the
             weights that are mixed.
-        MachineError: A rank does not see the files from which rank 0 resumes.
+        MachineError: A rank does not see the files from which rank 0 resumes; or this machine has other weights,
+            classes or prompts than the preparation.
         CarftError: As its message says.
     """
     place = out_dir / f"{layout.ATTEMPT}{attempt}"
@@ -167,6 +176,8 @@ def run_training(
     started = time.perf_counter()
     set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
+    if opened is None:
+        _require_prepared(inputs, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
     mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
@@ -192,6 +203,14 @@ def run_training(
     if context.rank == 0:
         result = write_result(place, result)
     return result
+
+
+def _require_prepared(inputs: SharedInputs, prepared_dir: Path) -> None:
+    """Raises a ``MachineError`` if this machine has loaded other weights, classes or prompts than were prepared."""
+    kept = (files.read_object(prepared_dir, layout.PREPARATION) or {}).get("provenance", {})
+    found = start_of(inputs.clip, inputs.train.class_names, inputs.class_names, inputs.templates)
+    if problems := differences_of(kept, found):
+        raise MachineError(problems)
 
 
 def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:

@@ -28,22 +28,31 @@ from carft_ray.words import time_left
 
 
 @dataclass(frozen=True, eq=False)
-class SharedInputs:
-    """What every training of a study shares; read-only.
+class Start:
+    """What every training of a study starts from; read-only.
 
     Attributes:
-        clip: The model to start from.
+        clip: The model.
         class_names: Words for the classes, in label order.
         templates: Prompts, each with ``{}``; also the contexts.
+    """
+
+    clip: Clip
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedInputs(Start):
+    """What every training of a study shares: the start, and the sets; read-only.
+
+    Attributes:
         train: The training set.
         validation: ``id_val`` first, then the OOD validation sets, decoded.
         sources: All these sets by name, ``train`` first, as they are stored.
         key: Changes whenever any of this changes.
     """
 
-    clip: Clip
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
     train: Source
     validation: tuple[ImageSet, ...]
     sources: Mapping[str, Source]

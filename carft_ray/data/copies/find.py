@@ -102,8 +102,13 @@ class SharedRow:
         return first, (self.other_set, self.other_sample_id, self.other_done, self.set, self.other_image)
 
 
-def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
-    """Returns per test set a digest of the contents of its images, whatever their names, classes and order.
+def digests_of_tests(recipe: Recipe, cache_dir: Path, with_classes: bool = False) -> dict[str, str]:
+    """Returns per test set a digest of the contents of its images, whatever their names and order.
+
+    Args:
+        recipe: The recipe.
+        cache_dir: Folder of the cache; made when missing.
+        with_classes: The class of each image counts, too. Without, another study of the same images is found.
 
     Raises:
         DataError: A set cannot be opened.
@@ -115,8 +120,13 @@ def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
             source = open_source(plain(spec), name, classes, cache_dir)
             content = [source.identity]  # the sandbox draws its images: the name says which
             if isinstance(source, StoredSource):
-                content = sorted(row.tobytes().hex() for row in records(source, cache_dir, is_test=True).digests)
-            found[name] = key_of(content)
+                content = [row.tobytes().hex() for row in records(source, cache_dir, is_test=True).digests]
+                if with_classes:
+                    content = [
+                        f"{each} {source.class_names[label]}"
+                        for each, label in zip(content, source.labels, strict=True)
+                    ]
+            found[name] = key_of(sorted(content))
     return found
 
 

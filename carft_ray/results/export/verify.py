@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from carft_ray.results.reading.trained import HEAD_NAME, Trained
 from carft_ray.training.checkpoint import load_tensors
 
 TOLERANCE = 1e-3  # largest difference of two logits of size 10 to 100 that rounding explains
-NUM_CHECKED = 32  # images
+NUM_CHECKED, SIDE = 32, 8  # pictures, and their random colours along a side
 NUM_SENTENCES = 16
 BATCH = 8  # images of one pass on the CPU
 
@@ -32,7 +33,7 @@ class Question:
     """What an export is asked, and the logits that it must give.
 
     Attributes:
-        pixels_NHWC: Images, uint8, as the model takes them.
+        pixels_NHWC: Pictures, uint8, as the model takes them.
         sentences: M prompts.
         expected: ``class_logits`` [N, classes] and ``text_logits`` [N, M].
     """
@@ -48,9 +49,14 @@ class Question:
 
 
 def question_of(trained: Trained, classifier: ImageClassifier) -> Question:
-    """Returns images of ``id_val`` and prompts, with the logits that the model gives them."""
+    """Returns pictures and prompts, with the logits that the model gives them.
+
+    The pictures are drawn: smooth ones of ``SIDE`` x ``SIDE`` random colours. So an export needs no images.
+    """
     inputs, clip = trained.inputs, trained.inputs.clip
-    pixels_NHWC = torch.from_numpy(inputs.validation[0].images_NHWC[:NUM_CHECKED].copy())
+    colours_NSS3 = np.random.default_rng(0).integers(0, 256, (NUM_CHECKED, SIDE, SIDE, 3), np.uint8)
+    pictures = [Image.fromarray(colours).resize((clip.image_size, clip.image_size)) for colours in colours_NSS3]
+    pixels_NHWC = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     sentences = [template.replace("{}", name) for template in inputs.templates for name in inputs.class_names]
     sentences = sentences[:: -(-len(sentences) // NUM_SENTENCES)]
     model: Any = clip.model
