@@ -154,7 +154,7 @@ def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_is_no_t
     assert load_recipe(export.folder / "recipe.yaml").train.alpha == 0.7
     assert tuple(export.formats) == tuple(FILES)
     assert max(export.formats.values()) < 1e-4
-    assert export.num_checked == 15
+    assert export.num_checked == 32
     assert {path.name for path in export.folder.iterdir()} == ALWAYS.union(*FILES.values())
     with safe_open(export.folder / "class_head.safetensors", "pt") as file:
         head = file.get_tensor("class_head")
