@@ -81,7 +81,17 @@ def differences_of(
     kept: Mapping[str, Any], found: Mapping[str, Any], changed_images: Callable[[str], Sequence[str]] = lambda name: ()
 ) -> list[Problem]:
     """Returns a problem for each set and each part that differs; the arguments are those of ``require_same``."""
-    problems = []
+    problems: list[Problem] = []
+    for place, what, keys, step in _PARTS:
+        was, now = (_at(each, keys) for each in (kept, found))
+        if was in _UNKNOWN or now is None or was == now:
+            continue
+        if what == _PARTS[1][1] and problems and problems[-1].place == _PARTS[0][0]:
+            continue  # they follow from the classes
+        rule, value = f"{what} must be as in the study, {_short(was)}", _short(now)
+        if isinstance(was, list) and isinstance(now, list):
+            value += f"; {_some(_changed_words(was, now))}"
+        problems.append(Problem(place, rule, value, next_step=f"{step}, or start again in another folder."))
     for name, was in kept.get("data", {}).items():
         now = found.get("data", {}).get(name)
         if now is None or now == was:
@@ -94,16 +104,6 @@ def differences_of(
             value += f"; {_some(some)}"
         step = "Restore the images, or start again in another folder: results on two data sets cannot be mixed."
         problems.append(Problem(_place(name), rule, value, next_step=step))
-    for place, what, keys, step in _PARTS:
-        was, now = (_at(each, keys) for each in (kept, found))
-        if was in _UNKNOWN or now is None or was == now:
-            continue
-        if what == _PARTS[1][1] and problems and problems[-1].place == _PARTS[0][0]:
-            continue  # they follow from the classes
-        rule, value = f"{what} must be as in the study, {_short(was)}", _short(now)
-        if isinstance(was, list) and isinstance(now, list):
-            value += f"; {_some(_changed_words(was, now))}"
-        problems.append(Problem(place, rule, value, next_step=f"{step}, or start again in another folder."))
     return problems
 
 
@@ -126,8 +126,9 @@ def _short(value: Any) -> str:
 
 def _changed_words(was: Sequence[Any], now: Sequence[Any]) -> list[str]:
     """Returns which words of a list are gone, which are new, or else which stand at another position."""
-    changed = [f"{shown(word)} is missing" for word in was if word not in set(now)]
-    changed += [f"{shown(word)} is new" for word in now if word not in set(was)]
+    before, after = set(was), set(now)
+    changed = [f"{shown(word)} is missing" for word in was if word not in after]
+    changed += [f"{shown(word)} is new" for word in now if word not in before]
     pairs = enumerate(zip(was, now, strict=False), start=1)
     return changed or [f"number {n} is {shown(new)} instead of {shown(old)}" for n, (old, new) in pairs if old != new]
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from carft_ray import files
+from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.data.made_of import require_same
 from carft_ray.errors import CarftError, InterruptedRunError, Problem
@@ -95,7 +96,7 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     kept, then, shared = finished.provenance, finished.predictions(), read_shared(finished.folder)
     say("comparing the images with those of the study")
     base = without_shared(finished.base, shared)
-    require_same(kept, {"data": set_contents(base)})
+    require_same(kept, {"classes": list(class_folders(base)), "data": set_contents(base)})
     prepare = partial(_prepare, _as_computed(base, kept["preparation"], out_dir), kept)
     train = partial(_train, finished.result.get("references", {}))
     was = finished.recipe if finished.row.kind == "trial" else alone(finished.recipe)
