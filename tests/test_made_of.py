@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.made_of import differences_of, require_same
-from carft_ray.errors import DataError
+from carft_ray.errors import DataError, MachineError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.ledger import note_test_sets, read_ledger, reads_of
 from carft_ray.study.place import fetched, log_at
+from carft_ray.training.run import run_training
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import forget_inputs
 
 pytestmark = pytest.mark.slow
@@ -293,6 +295,16 @@ def write_numbered(folder, images):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     (folder / "classnames.txt").write_text("\n".join(short_training.CLASSES))
+
+
+def test_a_machine_with_other_weights_than_were_prepared_trains_nothing(here):
+    """A node with another copy of them, or a training that begins after they were overwritten: no failed trial."""
+    recipe = load_recipe(here / "study" / "resolved.yaml")
+    overwrite_weights(here)
+    forget_inputs()
+    with pytest.raises(MachineError, match="model: the weights must be as in the study, "):
+        run_training(recipe, here / "run", here / "study" / "prepared", RunContext())
+    assert not (here / "run").exists()
 
 
 def test_what_differs_is_named_with_both_hashes_and_three_examples():

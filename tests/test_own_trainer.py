@@ -53,7 +53,7 @@ def ready(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ready")
     tests = [text for text in short_sealed.settings(folder, 1) if "test" in text]
     tests = [text.replace("photo_test", "sealed_photo").replace("[cartoon]", "[sealed_cartoon]") for text in tests]
-    prepare(recipe_for(folder, "few_steps", *tests), folder / "prepared", lambda text: None, False)
+    prepare(recipe_for(folder, "few_steps", *tests), folder / "prepared", lambda text: None, opened=False)
     return folder, tests
 
 
