@@ -1,7 +1,8 @@
 """A search and a confirm of stand-in trainings by the executor ``debug``, as a program of ``crash_host``.
 
-    search STUDY TRIALS     a search, or its continuation with more trials
-    confirm STUDY           its best trial and its baseline with two fresh seeds
+    search STUDY TRIALS     ``carft_ray.search``
+    resume STUDY TRIALS     ``carft_ray.resume``: its continuation with more trials
+    confirm STUDY           ``carft_ray.confirm``: its best trial and its baseline with two fresh seeds
     look STUDY              prints what the study knows, as JSON, and changes nothing
     halves STUDY            prints which files are half written
     fill DISK KILOBYTES     fills a disk but for so much
@@ -18,35 +19,57 @@ import sys
 from pathlib import Path
 
 import crash_host
+import numpy as np
 import stand_in
+from report_studies import predictions
 
+import carft_ray
 from carft_ray.errors import CarftError, UsageError
-from carft_ray.launch import driver
-from carft_ray.launch.command import Plan, run_confirm, run_search
+from carft_ray.evaluation.predictions import write_predictions
+from carft_ray.launch import driver, worker
 from carft_ray.launch.runtime import Runner
-from carft_ray.results import confirmation
-from carft_ray.results.reading.study_view import read_study
+from carft_ray.layout import PREDICTIONS, ZERO_SHOT_TABLE
+from carft_ray.results import figure
 from carft_ray.store.copy import NUMBERS
 from carft_ray.study import uploads
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
-from carft_ray.study.place import fetched, own_folder
+from carft_ray.study.place import fetched
 from carft_ray.study.rows import baselines, confirmations, trials
 
 EPOCHS = 3
 SEARCH = {
+    "train": {"batch_size": 8},
     "sampler": {"name": "tpe", "startup_trials": 2},
     "pruner": {"name": "median", "startup_trials": 2},
     "evaluate": {"every_epochs": 1},
     "resources": {"executor": "debug"},
 }
-RUNNER = Runner(stand_in.prepare, stand_in.train)
+
+
+def prepare(recipe, folder, say=None):
+    """As ``stand_in.prepare``, with predictions for the lines at the end of a search."""
+    found = stand_in.prepare(recipe, folder, say)
+    store(recipe, folder / ZERO_SHOT_TABLE, 0.0)
+    return found
+
+
+def train(recipe, out_dir, prepared_dir, context, attempt):
+    """As ``stand_in.train``, with predictions."""
+    store(recipe, out_dir / f"attempt-{attempt}" / PREDICTIONS, 0.5)
+    return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
+
+
+def store(recipe, path, alpha):
+    write_predictions(path, predictions(recipe.train, (alpha,), ("id_val",), np.random.default_rng(0)))
 
 
 def import_everything():
     crash_host.import_everything()
     driver.POLL_EVERY_S, driver.POLL_SHARE = 0.0, 1.0
     uploads.UPLOAD_EVERY_S = 1000.0
+    worker.RUNNER = Runner(prepare, train)
+    figure.figure_at_the_end = lambda study, num_before: contextlib.nullcontext()
 
 
 def told(study_dir):
@@ -89,16 +112,13 @@ def call(argv):
                 found = told(fetched(argv[1], NUMBERS))
             print(json.dumps(found))
             return 0
-        study_dir = own_folder(argv[1])
         if what == "search":
             recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **SEARCH)
-            run_search(Plan(recipe, study_dir, runner=RUNNER))
+            carft_ray.search(recipe, argv[1], progress=False)
+        elif what == "resume":
+            carft_ray.resume(argv[1], argv[2], progress=False)
         else:
-            view = read_study(study_dir)
-            stage, _ = confirmation.plan(view, 1, 2, ablation=False)
-            fix = lambda study: confirmation.fix(study, view.recipe, stage, None)  # noqa: E731
-            plan = Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command")
-            run_confirm(plan, lambda: None)
+            carft_ray.confirm(argv[1], top=1, seeds=2, ablation=False, progress=False)
     except CarftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import short_training
 import typer.main
-from logs import holding
+from logs import commits, holding, rewrite
 from test_debug import numbers as results
 
 import carft_ray
@@ -70,6 +70,22 @@ def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
     places = [problem.place for problem in caught.value.problems]
     assert {*places} == {"train.epoch", "train.learning_rate", "--set search.trials=0"}
     assert "did you mean 'epochs'" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [carft_ray.search, carft_ray.train])
+def test_after_a_kill_before_the_recipe_was_written_the_same_call_goes_on(
+    here, overrides, study_dir, tmp_path, command
+):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(study_dir / "manifest.json", killed)
+    (killed / ".manifest.json.12-0f.tmp").write_text("half of")
+    shutil.copytree(study_dir / "log", killed / "log")
+    rewrite(killed, commits(killed)[:1])
+    found = command(here / "recipe.yaml", killed, overrides=overrides, progress=False)
+    assert isinstance(found, carft_ray.Study) or found.numbers["objective"]
+    assert not list(killed.rglob("*.tmp"))
 
 
 def test_a_recipe_that_was_changed_in_python_is_checked_again_and_warnings_are_logged_once(here, caplog):

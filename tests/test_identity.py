@@ -97,6 +97,35 @@ def test_where_a_search_was_killed_before_its_recipe_any_recipe_begins_the_study
     assert len(trials(study_dir)) == 1
 
 
+READERS = ("status {}", "ls {}", "logs {} 0", "stop {}", "resume {}", "report {}", "confirm {}", "evaluate {}")
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_study_whose_first_command_was_killed_or_starts_is_one_message_with_the_way_on(
+    tmp_path, has_manifest, capsys
+):
+    study_dir = tmp_path / "study"
+    with open_study(study_dir, RECIPE):
+        pass
+    rewrite(study_dir, commits(study_dir)[:1])
+    if not has_manifest:
+        (study_dir / "manifest.json").unlink()
+    (study_dir / ".manifest.json.12-0f.tmp").write_text("")
+    before = contents(study_dir)
+    for words in READERS:
+        assert call(words.format(study_dir).split()) == (5 if has_manifest else 2)
+        err = capsys.readouterr().err
+        assert err.count("error: ") == 1
+        assert "but got one whose first command was killed before it wrote the recipe\n" in err, words
+        assert f"Run the killed command again: carft-ray search RECIPE --study {study_dir}, or carft-ray train" in err
+    assert contents(study_dir) == before
+    with holding(study_dir):
+        assert call(["status", str(study_dir)]) == (5 if has_manifest else 2)
+        told = capsys.readouterr().err
+    assert "but got one that process " in told
+    assert "is starting\n    Wait until its first training starts, then run the same command again." in told
+
+
 def spoil(recipe):
     recipe["search"]["trials"] = 0
 

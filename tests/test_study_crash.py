@@ -21,7 +21,7 @@ from debug_search import told
 from carft_ray.study.place import pull
 from carft_ray.study.rows import baselines, confirmations, trials
 
-COMMANDS = {"search": ["search", "study", "6"], "more": ["search", "study", "8"], "confirm": ["confirm", "study"]}
+COMMANDS = {"search": ["search", "study", "6"], "more": ["resume", "study", "8"], "confirm": ["confirm", "study"]}
 BEFORE = {"more": "search", "confirm": "more"}  # each begins with the study that another one has left
 # writes to the log of a study in a folder and to its other files, or all to a bucket; and when to kill
 OF_FOLDERS = {"link": ("before", "after"), "append": ("torn",), "replace": ("after",)}

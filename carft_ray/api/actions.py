@@ -35,9 +35,10 @@ from carft_ray.api.checks import (
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import BudgetConfig, Recipe, TrackingConfig, alone, with_keys
 from carft_ray.results.reading import study_view
+from carft_ray.store.log import log_of
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
-from carft_ray.study.recipe_identity import recipe_for_use, study_recipe
+from carft_ray.study.recipe_identity import recipe_for_use, recorded_recipe, study_recipe
 from carft_ray.training.own_function import require_trusted
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -104,8 +105,8 @@ def search(
         StorageError, ClusterError: See their messages.
     """
     study = own_folder(study)
-    if is_study(study):
-        study_view.require_search(study, study_recipe(study.resolve()))
+    if is_study(study) and (kept := recorded_recipe(study.resolve(), log_of(study))) is not None:
+        study_view.require_search(study, kept)
     value = load_recipe(recipe, overrides, trust_paths)
     further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
     value = with_keys(value, search={"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))})

@@ -4,6 +4,7 @@ Whoever has claimed the log holds the folder (``store.log``).
 """
 
 import contextlib
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +73,24 @@ def stopping(log: Log, since: int = 0) -> str:
 def is_study(folder: Path) -> bool:
     """Returns whether a folder holds a study."""
     return (folder / MANIFEST).is_file() and (folder / COMMITS).is_dir()
+
+
+def unbegun(log: Log, place: str) -> tuple[str, str]:
+    """Returns what a study without a recipe is, and the next step, for a message.
+
+    Args:
+        log: Its log, read to its end.
+        place: By what a user calls the study.
+    """
+    if (holder := log.holder()) is not None:
+        return (
+            f"one that {holder} is starting",
+            "Wait until its first training starts, then run the same command again.",
+        )
+    folder = shlex.quote(place)
+    step = f"Run the killed command again: carft-ray search RECIPE --study {folder}"
+    step += f", or carft-ray train RECIPE --out {folder}"
+    return "one whose first command was killed before it wrote the recipe", step
 
 
 def require_apart(place: str, above: str | None) -> None:

@@ -27,7 +27,7 @@ from carft_ray.store.commit import commit_name
 from carft_ray.store.copy import ALL, IMAGES, STATE, Copy, Tell
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import typed
-from carft_ray.study.holding import is_study, require_apart
+from carft_ray.study.holding import is_study, require_apart, unbegun
 from carft_ray.untrusted import read_text
 
 Place = Path | str  # of a study: its folder, or its address
@@ -233,7 +233,12 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
 
 def _require_study(bucket: Bucket) -> bytes:
     if (manifest := bucket.get(MANIFEST)) is None:
-        raise UsageError(Problem(str(bucket), "must be the address of a study", f"one without {MANIFEST}"))
+        log = Log(bucket)
+        log.follow()
+        value, step = f"one without {MANIFEST}", ""
+        if log.number and log.holds_only_claims:
+            value, step = unbegun(log, str(bucket))
+        raise UsageError(Problem(str(bucket), "must be the address of a study", value, next_step=step))
     return manifest
 
 

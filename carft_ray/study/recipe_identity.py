@@ -37,6 +37,7 @@ from carft_ray.recipe.written import KeyPath, child_type, dotted, shown
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import provenance, trust, typed
+from carft_ray.study.holding import unbegun
 from carft_ray.study.place import named
 
 FORMAT_VERSION = 2
@@ -181,8 +182,7 @@ def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
     log = log or log_of(study_dir)
     recipe = recorded_recipe(study_dir, log)
     if recipe is None:
-        step = f"Start the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
-        value = "one whose first search was killed before it wrote its recipe"
+        value, step = unbegun(log, named(study_dir))
         raise StorageError(Problem(f"{log}/{COMMITS}", "must contain the recipe of its study", value, next_step=step))
     return recipe
 

@@ -16,7 +16,7 @@ from carft_ray.recipe.schema.search import violations
 from carft_ray.recipe.space import num_trials
 from carft_ray.store.copy import IMAGES, STATE
 from carft_ray.store.log import Log, log_of
-from carft_ray.study.holding import is_study, stopping
+from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
 from carft_ray.study.recipe_identity import resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, all_rows, best_row, log_and_rows, readable
@@ -188,6 +188,8 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
     else:
         missing = MANIFEST if files.exists(folder / COMMITS) else f"{COMMITS}/"
         value, step = f"one without {missing}", "Give the folder that `search --study` was given."
+        if missing == MANIFEST and not foreign_names(folder) and (log := log_of(folder)).number:
+            value, step = unbegun(log, name) if log.holds_only_claims else (value, step)
     raise UsageError(Problem(name, rule, value, inside, near, step))
 
 
