@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_loop import largest_difference, settings
 
 from carft_ray import files
 from carft_ray.errors import StorageError
+from carft_ray.store import record
 from carft_ray.training import checkpoint as checkpoints
 from carft_ray.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from carft_ray.training.loop import fine_tune
@@ -52,6 +54,21 @@ def test_two_checkpoints_are_kept_and_the_newest_step_wins_and_of_equal_steps_th
     assert newest_checkpoint(tmp_path)[0].weights["visual.count"] == 3
 
 
+def test_what_a_kill_has_left_of_a_checkpoint_is_none_and_replaces_none(tmp_path):
+    whole = save_checkpoint(tmp_path, 1, checkpoint(50))
+    for step in (10, 100, 200):  # of copies, files are removed, and their folders stay
+        (tmp_path / "attempt-1" / f"step-{step:08d}").mkdir()
+    shutil.copy(whole / "weights.safetensors", tmp_path / "attempt-1" / "step-00000200")
+    assert [folder for _, folder in record.checkpoints(tmp_path)] == [whole]
+    assert (record.progress_of(tmp_path), record.progress_words(tmp_path)) == ([0, 50], "step 50 (epoch 1)")
+    newer = save_checkpoint(tmp_path, 1, checkpoint(60))
+    assert [folder for _, folder in record.checkpoints(tmp_path)] == [newer, whole]
+    read, damaged = newest_checkpoint(tmp_path)
+    assert (read.step, damaged) == (60, [])
+    newest = save_checkpoint(tmp_path, 1, checkpoint(200))
+    assert [folder for _, folder in record.checkpoints(tmp_path)] == [newest, newer]
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
@@ -75,7 +92,6 @@ DAMAGE = [
     ("state.json", replaced('"sha256"', '"sha255"'), "a damaged state.json"),
     ("state.json", replaced('"num_images": 7', '"num_images": 8'), f"a state.json {NO_MATCH}"),
     ("state.json", replaced('"step": 8', '"step": 9'), f"a state.json {NO_MATCH}"),
-    ("state.json", Path.unlink, "state.json: No such file or directory"),
     ("state.json", replaced('"format_version": 1', '"format_version": 2'), "must have format_version 1, but got 2"),
 ]
 

@@ -12,7 +12,7 @@ import killed_searches
 import pytest
 from logs import take
 from ray.tune.search import Searcher
-from stand_in import make_recipe
+from stand_in import make_recipe, save
 from study_steps import searching
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
@@ -407,7 +407,7 @@ def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_f
     trial = tune.start()
     name, folder = trial.config["spec"]["name"], tune.folder(trial)
     for number in range(1, 20):
-        (folder / "attempt-1" / f"step-{10 * number:08d}").mkdir(parents=True)
+        save(folder, 1, number)
         for reason in ("node7 goes", "asked once more"):
             tune.driver.ask_to_leave(spec_of(trial), reason)
         assert tune.order(trial) == "leave"

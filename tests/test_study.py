@@ -89,7 +89,7 @@ def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_come
 
 def advance(study_dir, spec, step):
     """Leaves what stands for a checkpoint."""
-    (spec.place(study_dir) / f"step-{step:08d}").mkdir(parents=True)
+    files.write_json(spec.place(study_dir) / f"step-{step:08d}" / "state.json", {})
 
 
 def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the_next_search(study_dir):

@@ -109,11 +109,13 @@ def test_a_driver_that_is_silent_makes_the_machine_fail(tmp_path, monkeypatch):
 
 def test_an_attempt_needs_the_newest_weights_or_else_two_checkpoints_and_what_the_user_keeps():
     names = ["metrics.jsonl", "log.txt", "tensorboard/events", "attempt-1/rows.jsonl", "attempt-1/own/a/b"]
-    names += [f"attempt-{a}/step-{step:08d}/{file}" for a, step in ((1, 5), (9, 20), (10, 10)) for file in "xy"]
+    whole = ("x", "state.json")
+    names += [f"attempt-{a}/step-{step:08d}/{file}" for a, step in ((1, 5), (9, 20), (10, 10)) for file in whole]
+    names += [f"attempt-{a}/step-{step:08d}/x" for a, step in ((9, 30), (10, 40))]  # what kills have left of two
     names += ["attempt-2/own/c", "attempt-10/own/d", "attempt-10/predictions/validation.parquet"]
     found = [Entry(f"trials/t/{name}", 1, 1) for name in names]
     wanted = {each.name.removeprefix("trials/t/") for each in needed(found, "trials/t")}
-    steps = {f"attempt-{a}/step-{step:08d}/{file}" for a, step in ((9, 20), (10, 10)) for file in "xy"}
+    steps = {f"attempt-{a}/step-{step:08d}/{file}" for a, step in ((9, 20), (10, 10)) for file in whole}
     assert wanted == {"metrics.jsonl", "attempt-10/own/d", *steps}
     weights = [Entry(f"trials/t/attempt-{a}/fine_tuned.safetensors", 1, 1) for a in (9, 10)]
     wanted = {each.name.removeprefix("trials/t/") for each in needed([*found, *weights], "trials/t")}

@@ -17,9 +17,12 @@ from carft_ray.launch.stop import ask_to_stop
 from carft_ray.layout import RESULT, STATE, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.copy import ALL, NUMBERS
+from carft_ray.store.record import progress_of, progress_words
 from carft_ray.study import uploads
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder
+from carft_ray.study.recovery import recover_running
+from carft_ray.study.study import LOST_ATTEMPTS
 
 
 @pytest.fixture
@@ -94,6 +97,24 @@ def test_of_a_training_that_has_not_ended_checkpoints_go_up_and_what_may_be_drop
         study.log.store.forget_files(f"{place}/{WEIGHTS}")
         study.log.store.has_ended(place)
         assert there() == {f"step-00000005/{WEIGHTS}", THUMBNAILS, RESULT}
+
+
+def test_a_checkpoint_that_a_kill_has_kept_from_the_bucket_is_no_progress(server):
+    address, recipe = server.address("study"), stand_in.make_recipe(1, baselines={})
+    with open_study(own_folder(address), recipe) as study:
+        spec = study.next()
+    stand_in.save(spec.folder(study.study_dir), 1, 10)  # the kill comes before its upload,
+    server.put(f"study/{spec.training}/attempt-1/step-00000200/{WEIGHTS}", b"half")  # and before the last of another
+    with open_study(own_folder(address), recipe) as study:
+        folder, known = spec.folder(study.study_dir), study.log.store.known(spec.training)
+        assert [path.name for path in folder.glob("*/*")] == ["step-00000100"], "its folder stays"
+        assert progress_of(folder, known) == [0, 0]
+        assert progress_words(folder, known) == "its beginning"
+        recover_running(study)
+        for number in range(1, LOST_ATTEMPTS + 2):
+            spec = study.next()
+            stand_in.save(folder, spec.attempt, number)
+            assert study.lost(spec, "its node is gone") == "advanced"
 
 
 def test_what_nodes_put_into_the_bucket_is_brought_when_it_is_needed_and_goes_as_the_rest_does(server):

@@ -24,7 +24,19 @@ from carft_ray.data.cache import cache_dir, key_of, own_folder, own_folders, rem
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.launch.file_transfer import BucketFiles, Entry, StudyFiles, entries, reaches
 from carft_ray.launch.runtime import Runtime
-from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, METRICS, OWN, PREPARATION, PREPARED, RESULT, ROWS, STEP, WEIGHTS
+from carft_ray.layout import (
+    ATTEMPT,
+    KEPT_CHECKPOINTS,
+    METRICS,
+    OWN,
+    PREPARATION,
+    PREPARED,
+    RESULT,
+    ROWS,
+    STATE,
+    STEP,
+    WEIGHTS,
+)
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.training import TrialSpec
@@ -192,6 +204,8 @@ def needed(found: Sequence[Entry], training: str) -> list[Entry]:
         elif step.isdigit():
             kept[STEP][int(step), int(attempt)].append(each)
     numbers = {WEIGHTS: 1, STEP: 0 if kept[WEIGHTS] else KEPT_CHECKPOINTS, OWN: 1}
+    steps = kept[STEP].items()
+    kept[STEP] = {key: of for key, of in steps if any(each.name.endswith(f"/{STATE}") for each in of)}  # the whole ones
     newest = [each for what, by in kept.items() for key in sorted(by)[::-1][: numbers[what]] for each in by[key]]
     return [*rows, *newest]
 

@@ -1,7 +1,8 @@
 """What attempts at a training leave in its folder: results, rows, checkpoints, and the log of the training.
 
 ``result.json`` of an attempt means that it has finished. It is written last, whole, with size and hash of each file
-that belongs to it. A worker writes it, the study reads it.
+that belongs to it. A worker writes it, the study reads it. A checkpoint is a folder ``step-*`` with ``state.json``:
+without that file, a kill has left its folder, or a part of it.
 """
 
 import contextlib
@@ -15,9 +16,10 @@ from typing import Any
 
 from carft_ray import files, untrusted
 from carft_ray.errors import StorageError
-from carft_ray.layout import ATTEMPT, LOG, METRICS, OF_RESULT, OWN, RESULT, ROWS, STEP, WEIGHTS
+from carft_ray.layout import ATTEMPT, LOG, METRICS, OF_RESULT, OWN, RESULT, ROWS, STATE, STEP, WEIGHTS
 
 FORMAT_VERSION = 1
+_STATES = f"{ATTEMPT}*/{STEP}*/{STATE}"  # pattern of the last files of checkpoints, below a training
 _CHECKPOINT = re.compile(rf"(.+)/{ATTEMPT}(\d+)/{STEP}(\d+)(/|$)")
 
 
@@ -68,12 +70,12 @@ def left(folder: Path, name: str) -> list[Path]:
 
 def checkpoints(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     """Returns ``((step, attempt), folder)`` of all checkpoints of a training, the newest first."""
-    named = [(checkpoint_of(path.as_posix()), path) for path in left(folder, f"{STEP}*")]
+    named = [(checkpoint_of(path.as_posix()), path.parent) for path in folder.glob(_STATES)]
     return sorted(((found[1], path) for found, path in named if found), reverse=True)
 
 
 def checkpoint_of(name: str) -> tuple[str, tuple[int, int]] | None:
-    """Returns training and ``(step, attempt)`` of a checkpoint, by the name of its folder or of a file in it."""
+    """Returns training and ``(step, attempt)`` of the checkpoint that a file or folder of this name belongs to."""
     match = _CHECKPOINT.match(name)
     return (match[1], (int(match[3]), int(match[2]))) if match else None
 
@@ -120,8 +122,10 @@ def progress_of(folder: Path, known: Iterable[str] = ()) -> list[int]:
         folder: Of the training.
         known: Its files that may be only in the bucket of the study (``Store.known``).
     """
+    known = tuple(known)
     there = {path.name for path in folder.glob(f"{ATTEMPT}*/*")} | {"/".join(name.split("/")[3:4]) for name in known}
-    steps = [int(name.removeprefix(STEP)) for name in there if re.fullmatch(rf"{STEP}\d+", name)]
+    named = [checkpoint_of(name) for name in known if name.endswith(f"/{STATE}")]
+    steps = [step for (step, _), _ in checkpoints(folder)] + [found[1][0] for found in named if found]
     if OWN in there:
         steps += [int(row.get("step", 0)) for row in files.read_json_lines(folder, METRICS)]
     return [int(WEIGHTS in there), max(steps, default=0)]

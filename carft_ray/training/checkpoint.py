@@ -137,8 +137,9 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         StorageError: It cannot be written; the checkpoints before it are untouched.
     """
     folder = checkpoint_dir / f"{ATTEMPT}{attempt}" / f"{STEP}{checkpoint.step:08d}"
-    if files.exists(folder):
+    if files.exists(folder / STATE):
         return folder
+    files.remove(folder)  # what a kill has left of one
     with files.new_folder(folder) as temporary:
         parts = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
         parts |= {AVERAGE: checkpoint.average} if checkpoint.average else {}
