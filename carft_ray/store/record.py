@@ -19,7 +19,6 @@ from carft_ray.errors import StorageError
 from carft_ray.layout import ATTEMPT, LOG, METRICS, OF_RESULT, OWN, RESULT, ROWS, STATE, STEP, WEIGHTS
 
 FORMAT_VERSION = 1
-_STATES = f"{ATTEMPT}*/{STEP}*/{STATE}"  # pattern of the last files of checkpoints, below a training
 _CHECKPOINT = re.compile(rf"(.+)/{ATTEMPT}(\d+)/{STEP}(\d+)(/|$)")
 
 
@@ -70,8 +69,8 @@ def left(folder: Path, name: str) -> list[Path]:
 
 def checkpoints(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     """Returns ``((step, attempt), folder)`` of all checkpoints of a training, the newest first."""
-    named = [(checkpoint_of(path.as_posix()), path.parent) for path in folder.glob(_STATES)]
-    return sorted(((found[1], path) for found, path in named if found), reverse=True)
+    named = [(checkpoint_of(path.as_posix()), path) for path in left(folder, f"{STEP}*")]
+    return sorted(((found[1], path) for found, path in named if found and files.exists(path / STATE)), reverse=True)
 
 
 def checkpoint_of(name: str) -> tuple[str, tuple[int, int]] | None:
