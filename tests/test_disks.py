@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +127,8 @@ def test_a_search_on_a_disk_that_fills_ends_with_one_message_and_goes_on_where_t
 
         def commands(*argvs):
             [(_, answers)] = run([{"name": "job", "commands": [{"argv": argv} for argv in argvs]}]).values()
-            return [(answer["code"], answer["log"]) for answer in answers]
+            took_over = re.compile("warning: took over from .*, which is gone\n")  # it had no room to say that it ends
+            return [(answer["code"], took_over.sub("", answer["log"])) for answer in answers]
 
         calm = str(disk / "calm")
         (code, log), (_, whole) = commands(["search", calm, "6"], ["look", calm])
