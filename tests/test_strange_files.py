@@ -4,17 +4,24 @@ Of their tables nothing is unpickled, no other memory is read, and a damaged pag
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
+import pickle
+import re
 import socket
+import subprocess
+import sys
 import tarfile
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import short_training
+import torch
 from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table, write_tar
 from mutations import Evil, pickled
 from scipy.io import savemat
@@ -428,3 +435,57 @@ def test_a_file_over_the_limit_is_not_read(tmp_path):
     assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
     for path in (tmp_path / "small", "/proc/self/status"):  # whose size is said to be 0
         assert "at most 2 bytes" in told(read_regular, path, most_bytes=2)
+
+
+SHARED = functools.reduce(lambda part, _: (part, part), range(60), ())  # to hash or print it never ends
+BODY = pickle.dumps(SHARED, 2)[2:-1]  # what makes it, without begin and end
+ENDLESS = {
+    "key": b"}" + BODY + b"K\1s",
+    "keys": b"}(" + BODY + b"K\1u",
+    "key of a state": b"}X\5\0\0\0state}" + BODY + b"K\1ss",
+    "set": b"cbuiltins\nset\n]" + BODY + b"a\x85R",
+    "pairs": b"ccollections\nOrderedDict\n]" + BODY + b"K\1\x86a\x85R",
+    "counter": b"ccollections\nCounter\n]" + BODY + b"a\x85R",
+    "function": BODY + b")R",
+    "class": BODY + b")\x81",
+    "layout": b"ctorch.serialization\n_get_layout\n" + BODY + b"\x85R",
+    "storage": b"(X\7\0\0\0storagectorch\nFloatStorage\n" + BODY + b"X\3\0\0\0cpuK\1tQ",
+    "list of itself": b"]q\0h\0a",
+}
+READ = """
+import sys
+from pathlib import Path
+from carft_ray.errors import DataError
+from carft_ray.model.weights_files import read_weights
+for path in map(Path, sys.argv[1:]):
+    try:
+        read_weights(path, "model.pretrained")
+    except DataError as error:
+        print(error.exit_code, error)
+"""
+
+
+@pytest.mark.slow
+def test_a_small_weights_file_that_would_hang_is_refused_before_torch_reads_it(tmp_path):
+    paths = []
+    for number, operations in enumerate(ENDLESS.values()):
+        pickled = b"\x80\2" + operations + b"."
+        zipped, plain = tmp_path / f"{number}.pt", tmp_path / f"{number}.bin"
+        torch.save({"a": torch.zeros(1)}, tmp_path / "sound.pt")
+        with zipfile.ZipFile(tmp_path / "sound.pt") as sound, zipfile.ZipFile(zipped, "w") as archive:
+            for name in sound.namelist():
+                archive.writestr(name, pickled if name.endswith("data.pkl") else sound.read(name))
+        torch.save({"a": torch.zeros(1)}, plain, _use_new_zipfile_serialization=False)
+        content = plain.read_bytes()
+        begin = content.index(b"}q", content.index(b"little_endian")) - 2
+        plain.write_bytes(content[:begin] + pickled)
+        paths += [zipped, plain]
+    assert all(path.stat().st_size < 3000 for path in paths)
+    # a limit for a slow machine: without the refusal none of them ends
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=300, check=True)
+    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+        assert re.fullmatch(
+            f"4 model.pretrained: must be a weights file that can be read, but got {path}: (objects that share parts "
+            "again and again|an object that contains itself), which torch.save does not write",
+            line,
+        )

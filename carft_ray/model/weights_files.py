@@ -10,6 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,17 @@ _MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight 
 _NUM_CHARACTERS = 600  # of torch's message about weights that do not fit
 _ZIP = b"PK\x03\x04"  # begins what torch has written since its release 1.6
 _NUM_PICKLES = 5  # of older files: a magic number, the version, the system, the state, the names of its storages
+_MOST_REPEATED = 100  # parts of all objects of a pickle, per byte; torch.save writes 2 at most
 _KNOWN = re.compile(
     r"collections (OrderedDict|Counter)|torch ([a-z0-9_]+|\w+Storage|Size)|torch\.storage UntypedStorage"
     r"|torch\._utils _rebuild_\w+|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
     r"|(builtins|__builtin__) (set|complex)"
 )
+# operations of a pickle that change an object on its stack; others make one
+_CHANGING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+_Part = list[Any]  # an object of a pickle, as the list of its parts
+_LEAF: _Part = []  # a number, a text, a class
+_MARK: _Part = []
 State = dict[str, Tensor]
 
 
@@ -248,13 +255,66 @@ def _require_plain(path: Path) -> None:
 
 
 def _require_known(stream: io.BytesIO) -> None:
-    """Raises ``ValueError`` for a pickle that is damaged or names another object than those of tensors.
+    """Raises ``ValueError`` for a pickle that is damaged, names other objects than those of tensors, or is entangled.
 
     torch also takes some that grow without end: ``bytearray`` of any size, ``encode`` of what was encoded.
     """
-    for code, name, _ in pickletools.genops(stream):
-        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _KNOWN.fullmatch(str(name)):
-            raise ValueError(f"Unsupported global: {name}")
+    begin, stack, memo, made = stream.tell(), list[_Part](), dict[Any, _Part](), [_LEAF, _MARK]
+    try:
+        for code, value, _ in pickletools.genops(stream):
+            if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _KNOWN.fullmatch(str(value)):
+                raise ValueError(f"Unsupported global: {value}")
+            if code.name == "MEMOIZE" or code.name.endswith("PUT"):
+                memo[len(memo) if value is None else value] = stack[-1]
+            elif code.name.endswith("GET"):
+                stack.append(memo[value])
+            else:
+                _apply(code, stack, made)
+    except (LookupError, StopIteration):
+        raise ValueError("a damaged pickle") from None
+    _require_few_parts(made, _MOST_REPEATED * (stream.tell() - begin))
+
+
+def _apply(code: pickletools.OpcodeInfo, stack: list[_Part], made: list[_Part]) -> None:
+    """Does to a stack what an operation of a pickle does to objects: what it takes becomes part of what it leaves."""
+    takes, leaves = code.stack_before, code.stack_after
+    changed = code.name in _CHANGING
+    if pickletools.markobject in takes:
+        begin = len(stack) - 1 - next(n for n, each in enumerate(reversed(stack)) if each is _MARK)
+        taken = stack[begin + 1 :]
+        del stack[begin:]
+    else:
+        taken = [stack.pop() for _ in range(len(takes) - changed)]
+    if changed and (stack[-1] is _LEAF or stack[-1] is _MARK):
+        raise LookupError
+    if changed:
+        stack[-1].extend(taken)
+    elif pickletools.markobject in leaves:
+        stack.append(_MARK)
+    elif leaves and (takes or code.name.startswith("EMPTY")):
+        stack += [taken for _ in leaves]
+        made.append(taken)
+    elif leaves:
+        stack.append(_LEAF)
+
+
+def _require_few_parts(made: list[_Part], most: int) -> None:
+    """Raises ``ValueError`` for objects that share parts at so many levels that to hash or print one never ends.
+
+    Args:
+        made: All objects of a pickle, each with its parts.
+        most: How many parts they may have together, where a part of a part counts for each.
+    """
+    parts = {id(one): [id(each) for each in one] for one in made}
+    sizes, total = dict[int, int](), 0
+    try:
+        for one in TopologicalSorter(parts).static_order():
+            sizes[one] = 1 + sum(sizes[each] for each in parts[one])
+            total += sizes[one]
+            if total > most:
+                raise ValueError("objects that share parts again and again, which torch.save does not write")
+    except CycleError:
+        raise ValueError("an object that contains itself, which torch.save does not write") from None
 
 
 def _require_own_numbers(state: Mapping[str, Any], size: int) -> None:
