@@ -13,19 +13,22 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import crash_host
 import pytest
 import report_studies
 import stand_in
-from logs import commits
+from logs import commits, take
 from optuna.storages import JournalStorage
 from rich.console import Console
 
 from carft_ray.errors import StorageError
 from carft_ray.launch import events
+from carft_ray.results.reading import study_view
 from carft_ray.results.reading.study_view import Overview, read_study
-from carft_ray.store.record import write_result
+from carft_ray.store.record import append_log, write_result
+from carft_ray.study.holding import STOPPING
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import log_at
 from carft_ray.study.rows import baselines, trials
@@ -305,3 +308,26 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path,
         "error: dashboard: needs the package optuna-dashboard",
         "    Install it: pip install 'carft-ray[dashboard]'",
     ]
+
+
+def test_a_log_is_followed_from_before_its_first_line_while_another_machine_searches(tmp_path, monkeypatch):
+    study_dir = tmp_path / "study"
+    with open_study(study_dir, stand_in.make_recipe(1, baselines={})) as study:
+        spec = study.next()
+    owner = take(study_dir)
+
+    def work():
+        for commit in (study_dir / "log").iterdir():
+            os.utime(commit, (1, 1))  # as after minutes without a heartbeat
+        owner.write({"kind": STOPPING, "reason": ""})
+        yield
+        append_log(spec.folder(study_dir), "attempt 1: starts")
+        yield
+        owner.release()
+        yield
+
+    steps = work()
+    monkeypatch.setattr(study_view, "time", SimpleNamespace(sleep=lambda seconds: next(steps)))
+    (line,) = study_view.follow_log(study_dir, spec.training)
+    assert line.endswith(" attempt 1: starts")
+    assert next(steps, "over") == "over"

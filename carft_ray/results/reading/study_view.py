@@ -298,7 +298,7 @@ def follow_log(place: Place, training: str) -> Iterator[str]:
         while not over:
             fetched(place, STATE)
             bring(study_dir, [f"{training}/{LOG}"])
-            if not position or log.follow():  # before the last reading
+            if log.follow() or not position:  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
                 over = any(row.training == training and row.outcome != "running" for row in rows)
             over = over or log.holder() is None
