@@ -47,7 +47,7 @@ SEARCH = {
 }
 
 
-def prepare(recipe, folder, say=None):
+def prepare(recipe, folder, say=None, made_of=None):
     """As ``stand_in.prepare``, with predictions for the lines at the end of a search."""
     found = stand_in.prepare(recipe, folder, say)
     store(recipe, folder / ZERO_SHOT_TABLE, 0.0)
