@@ -193,6 +193,11 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text)) if not text.isascii() or not text.isprintable() else text
 
 
+def visible_line(text: str) -> str:
+    r"""Returns ``visible`` text on one line, for the cell of a table: newline and tab become ``\n`` and ``\t``, too."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def _visible(character: str) -> str:
     if character in _SHOWN_WHITE_SPACE:
         return character

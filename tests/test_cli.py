@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import crash_host
@@ -15,6 +17,7 @@ from suggestions import parsed
 import carft_ray
 from carft_ray import cli
 from carft_ray.cli import program
+from carft_ray.data import sets
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.study.opening import open_study
@@ -120,6 +123,23 @@ def test_what_is_done_with_an_image_in_two_roles_is_told(run):
         assert code == 0
         assert "data.train: 1 image left out, also in data.id_val\n" in err
     assert "train: 19 images" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["validate recipe.yaml --deep", "data add recipe.yaml", "doctor recipe.yaml --quick"])
+def test_a_command_lists_each_tree_once(run, words, monkeypatch):
+    listed = Counter()
+
+    def counting(reader):
+        def listing(spec, place):
+            listed[spec.model_dump_json(exclude=sets._TAKES)] += 1
+            return reader.listing(spec, place)
+
+        return replace(reader, listing=listing)
+
+    monkeypatch.setattr(sets, "READERS", {kind: counting(reader) for kind, reader in sets.READERS.items()})
+    assert run(*words.split())[0] == 0
+    assert [*listed.values()] == [1, 1, 1]
 
 
 # mistakes: the command line, exit code, words of the message ({here}: the working directory)

@@ -8,6 +8,7 @@ import re
 import browser
 import pyarrow as pa
 import pytest
+import short_training
 from logs import holding
 from report_studies import fail, fill, keep_thumbnails, make_recipe, write_page
 from rich.console import Console
@@ -16,6 +17,7 @@ import carft_ray
 from carft_ray import cli
 from carft_ray.data.copies.find import SharedRow
 from carft_ray.data.copies.shared_images import read_shared, write_shared
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import write_tables
@@ -47,6 +49,23 @@ def study_dir(tmp_path_factory):
         log.write(record_of(provenance))
     write_shared(folder, [SHARED])
     return folder
+
+
+def test_a_folder_whose_name_has_lines_forges_no_row_of_a_table(tmp_path, monkeypatch):
+    for domain in ("photo", "sketch\nforged  forged  train\t5"):
+        for label, name in enumerate(("dog", "cat\nforged: true")):
+            for index in range(6):
+                short_training.write_image(tmp_path / "images" / domain / name / f"{index}.png", label, index)
+    stream = io.StringIO()
+    for name in ("out", "err"):
+        monkeypatch.setattr(f"carft_ray.ui.console.{name}", Console(file=stream, width=200))
+    recipe = tmp_path / "recipe.yaml"
+    cli.app(["init", "--from", str(tmp_path / "images"), "--to", str(recipe)], standalone_mode=False)
+    rows = stream.getvalue().partition("Wrote ")[0].splitlines()
+    assert len(rows) == 3, rows
+    assert r"sketch\nforged  forged  train\t5" in rows[2]
+    [shift] = load_recipe(recipe).data.ood_val.values()
+    assert shift.domains == ("sketch\nforged  forged  train\t5",)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
         console.next_step("carft-ray data add recipe.yaml")
 
 
-@command("data add recipe.yaml", to=data_app, reads=True)
+@command("data add recipe.yaml", to=data_app)
 def data_add(
     recipe: common.RecipeArgument,
     method: common.MethodOption = None,

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from carft_ray.errors import CarftError, InterruptedRunError, together
-from carft_ray.untrusted import visible
+from carft_ray.untrusted import visible, visible_line
 from carft_ray.words import value_text
 
 if TYPE_CHECKING:
@@ -167,16 +167,16 @@ def table(
 
     Args:
         columns: Names, or columns with a way of their own (``numbers``).
-        rows: Texts.
+        rows: Texts; each cell becomes one line.
         best: For each row whether it stands out; none does where it is empty.
         style: How they do.
     """
     headers = [Column(one, no_wrap=not index) if isinstance(one, str) else one for index, one in enumerate(columns)]
     for column in headers:
-        column.header = plain(str(column.header))
+        column.header = Text(visible_line(str(column.header)))
     made = Table(*headers, box=None, pad_edge=False, header_style="bold")
     for row, stands_out in zip(rows, best or itertools.repeat(False), strict=False):
-        made.add_row(*map(plain, row), style=style if stands_out else None)
+        made.add_row(*(Text(visible_line(cell)) for cell in row), style=style if stands_out else None)
     return made
 
 
