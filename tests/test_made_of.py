@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -14,6 +15,7 @@ import short_study
 import short_training
 from bucket_server import bucket_server, copied
 from logs import change, commits, holding, rewrite
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from carft_ray.data.copies.find import digests_of_tests
@@ -198,6 +200,28 @@ def test_an_export_works_without_images_from_what_the_study_has_noted(here, aske
     code, _, err = asked("export", "study")
     assert code == 4
     assert "model: the weights must be as in the study, " in err
+
+
+def test_an_image_that_changes_while_size_and_date_stay_is_noticed(here, asked):
+    """As pictures without compression have one size, and `rsync -t` keeps the date."""
+    for path in [*(here / "images").rglob("*.png")]:
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1", f"data.cache_dir={here / 'bmp_cache'}"])
+    short_study.search(here / "bmp", recipe)
+    assert asked("evaluate", "bmp")[0] == 0
+    for domain in ("photo_val", "photo"):
+        one, other = (here / "images" / domain / "star" / f"{number}.bmp" for number in (0, 1))
+        before = one.stat()
+        one.write_bytes(other.read_bytes())
+        os.utime(one, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (one.stat().st_size, one.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    code, _, err = asked("evaluate", "bmp")
+    assert code == 4
+    assert "photo_val/star/0.bmp has changed" in err
+    forget_inputs()
+    with pytest.raises(DataError, match=r"data\.train: .*photo/star/0\.bmp has changed"):
+        short_study.search(here / "bmp", recipe)
 
 
 def noted(study):

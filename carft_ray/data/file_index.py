@@ -1,7 +1,7 @@
 """Indexes of large files: what one reading of a file has found, kept in the user's cache folder until the file changes.
 
 An entry is one Arrow file ``index/<two digits>/<key>.arrow``; its key is a hash of what was searched for and of the
-place, size and date of the file. Entries appear whole, and may be deleted at any time.
+place, size and dates of the file. Entries appear whole, and may be deleted at any time.
 """
 
 import hashlib
@@ -22,19 +22,22 @@ _END = 1 << 16  # bytes
 
 
 def file_stamp(path: Path) -> str:
-    """Returns a text that changes when a file may have changed: its size and date.
+    """Returns a text that changes when a file may have changed: its size, the date of its contents, its change time.
+
+    A program can set the date (`rsync -t`, `cp -p`), and not the change time, which the system sets: of BMP files,
+    for example, all pictures have one size. New rights or a hard link change it, too.
 
     Raises:
         OSError: It has vanished.
     """
     state = path.stat()
-    return f"{state.st_size}\0{state.st_mtime_ns}"
+    return f"{state.st_size}\0{state.st_mtime_ns}\0{state.st_ctime_ns}"
 
 
 def container_stamp(path: Path) -> str:
     """Returns a text that changes when a file of many images may have changed, and differs between two such files.
 
-    Size, date, and a hash of its first and last bytes: fewer files than images are there to differ in size.
+    ``file_stamp`` after a hash of its first and last bytes: fewer files than images are there to differ in size.
 
     Raises:
         OSError: It has vanished or cannot be read.
@@ -43,7 +46,12 @@ def container_stamp(path: Path) -> str:
         digest = hashlib.blake2b(file.read(_END), digest_size=16)
         file.seek(max(0, path.stat().st_size - _END))
         digest.update(file.read(_END))
-    return f"{file_stamp(path)}\0{digest.hexdigest()}"
+    return f"{digest.hexdigest()}\0{file_stamp(path)}"
+
+
+def of_any_copy(stamp: str) -> str:
+    """Returns a stamp without the change time, which a copy on another machine has otherwise."""
+    return stamp.rpartition("\0")[0]
 
 
 def checked_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp
+from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp, of_any_copy
 from carft_ray.data.images import FORMS, MOST_BYTES, read_bytes, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
@@ -80,7 +80,8 @@ class Listing:
         excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
         passed_over: How many entries of its folders are no images of the set, by what they are.
         lost: Names of links to images that are not there.
-        stamps: Size and date of each file that was asked for; of a file of many images a hash of its ends, too.
+        stamps: ``file_stamp`` of each file that was asked for; of a file of many images ``container_stamp``, as
+            ``of_any_copy`` where another process has listed it.
     """
 
     kind: str
@@ -177,8 +178,8 @@ class Listing:
         """Opens a file of many images, where it is a table, after a look whether it is as it was."""
         with self._lock:  # no two threads open one file
             if path not in self._unchanged:
-                now = checked_stamp(Path(self.root, path), container_stamp)
-                if self.stamps.setdefault(path, now) != now:
+                now = of_any_copy(checked_stamp(Path(self.root, path), container_stamp))
+                if not self.stamps.setdefault(path, now).startswith(now):
                     rule = "must not change while a command uses it"
                     raise DataError(Problem(os.path.join(self.root, path), rule, next_step="Run the command again."))
                 self._unchanged.add(path)

@@ -7,9 +7,8 @@ is found (``data.copies.find``), and, but for test sets, its size, its mode, or 
 only the thumbnails show pictures before `test`; one that cannot be decoded has an empty thumbnail.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
-- **Freshness.** The key is a hash of the identity of the set: its place, and names, sizes and dates of the files. A
-  file with another size or date makes it another set, which is read anew. Bytes that change while size and date stay
-  are not noticed.
+- **Freshness.** The key is a hash of the identity of the set: its place, and names, sizes, dates and change times of
+  the files. A file that differs in one of them makes it another set, which is read anew.
 - **Kills.** Every ``PART`` images the pass writes what it has found, ``records-<key>.<number>.part``; the next pass
   continues from there. Files that cannot be read are reported and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.

@@ -32,7 +32,7 @@ from carft_ray.data import sandbox
 from carft_ray.data.benchmarks import reader as benchmarks
 from carft_ray.data.cache import cache_dir, user_cache_dir
 from carft_ray.data.corruptions import CorruptedSource
-from carft_ray.data.file_index import open_table, write_table
+from carft_ray.data.file_index import of_any_copy, open_table, write_table
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, StoredSource, and_more, text_problems
@@ -57,7 +57,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.written import KeyPath, dotted
 from carft_ray.untrusted import read_text, visible
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 TRAIN, ID_VAL = "train", "id_val"
 _LABEL, _DIGEST = pa.field("label", pa.int64()), pa.field("digest", pa.binary(DIGEST_BYTES))
 _SET = ("name", "class_names", "groups", "skipped", "max_pixels")  # attributes that are kept of a source,
@@ -377,7 +377,8 @@ def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
     listing = source.listing
     of_set = {name: getattr(source, name) for name in _SET} | {"listed_as": source.identity}
     of_listing = {name: getattr(listing, name) for name in _LISTING}
-    of_listing["stamps"] = {} if listing.are_files else listing.stamps
+    stamps = {} if listing.are_files else listing.stamps
+    of_listing["stamps"] = {path: of_any_copy(stamp) for path, stamp in stamps.items()}  # a node may have its own copy
     table = listing.table.take(pa.array(source.rows)).drop_columns("class")
     table = table.append_column(_LABEL, pa.array(source.labels)).append_column(_DIGEST, pa.array(digests, _DIGEST.type))
     return table.replace_schema_metadata({"about": json.dumps({"key": key, "set": of_set, "listing": of_listing})})

@@ -1,7 +1,8 @@
 """What a set of images is: the protocol that every kind of data answers, its decoded form, hashes of its contents.
 
-Which images a set holds is told twice: ``Source.identity`` is quick and trusts places, sizes and dates of files;
-``set_digest`` holds wherever the files are, and its hashes of contents read every one (``data.records`` keeps them).
+Which images a set holds is told twice: ``Source.identity`` is quick and trusts places, sizes and dates of files
+(``file_index.file_stamp``); ``set_digest`` holds wherever the files are, and its hashes of contents read every one
+(``data.records`` keeps them).
 
 Shape letters: N images of a set, H height, W width, C = 3 colours.
 """

@@ -1,7 +1,7 @@
 """A training repeated as its study has recorded it, and compared: its numbers, the columns of predictions, its weights.
 
 What the study says of data and model is checked first, by contents: sets are decoded again, since the cache of
-decoded sets identifies files by size and date only. On a CPU, and with ``train.deterministic``, every bit must be the
+decoded sets identifies files by size and dates only. On a CPU, and with ``train.deterministic``, every bit must be the
 same; else a GPU sums in another order each time, and of two trainings that rounding has led apart the objective and the
 points of the curve are compared, within ``TOLERANCE``.
 """
