@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 
 import boto3
 from moto.core import DEFAULT_ACCOUNT_ID
@@ -32,6 +33,8 @@ LATE, LATE_S = "late", 0.3  # the connection ends without an answer, and it is d
 CUT = "cut"  # the connection ends, and it is not done
 SILENT = "silent"  # it is accepted and never answered
 DONE_503 = "done, then 503"
+HALF = "half"  # it is done, and the connection ends in the middle of the answer
+SLOW = "slow"  # it is done, and answered ``LATE_S`` later
 
 
 def refused(status, code):
@@ -85,6 +88,12 @@ class Server:
             self._over.wait()
             return []
 
+        if fault == HALF:
+            return self._halved(environ, start_response, connection)
+        if fault == SLOW:
+            time.sleep(LATE_S)
+            return self._done(environ, start_response)
+
         def do():
             self._done(environ, lambda *given: None)
 
@@ -100,6 +109,15 @@ class Server:
     def _done(self, environ, start_response):
         with self._doing:
             return list(self._app(environ, start_response))
+
+    def _halved(self, environ, start_response, connection):
+        head = []
+        body = b"".join(self._done(environ, lambda *given: head.extend(given)))
+        status, headers, *_ = head
+        sized = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        start_response(status, [*sized, ("Content-Length", str(len(body)))])
+        yield body[: len(body) // 2]
+        connection.shutdown(socket.SHUT_RDWR)
 
     def _refuse(self, environ, start_response, status, code):
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -14,6 +14,7 @@ happen to a command line:
     "file_size": bytes           no file can grow larger, as on a full disk
     "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once
     "cache": name                of the folder for the user's cache, beside the study; "cache" by default
+    "tries": n                   it is run up to so many times while it ends with exit code 5
 
 Operations of the command line have one order: so does what a driver writes (``order_posts``). A job answers
 ``answers.json`` in its folder: for each command line ``code``, ``log`` and the temporary files that it left
@@ -228,6 +229,8 @@ def work(program, jobs, folder):
             if code == 2 and "--resume" in command["argv"]:  # the kill came before there was a training
                 begin = {**command, "argv": [word for word in command["argv"] if word != "--resume"]}
                 code, log = run(program, begin, place)
+            for _ in range(1, command.get("tries", 1)):
+                code, log = run(program, command, place) if code == 5 else (code, log)
             remains = [str(path.relative_to(place)) for path in place.rglob("*.tmp")]
             answers.append({"code": code, "log": log, "remains": remains})
         (place / "answers.json").write_text(json.dumps(answers))

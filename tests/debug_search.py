@@ -10,6 +10,9 @@
 
 STUDY is a folder or an address. Every look of the driver is made at once, so that what is written, and in which order,
 is the same each time; into a bucket nothing goes on the side. No figure is drawn.
+
+As a program of its own, ``python debug_search.py search STUDY TRIALS EXECUTOR [NUMBER MOMENT KIND]``, a search has
+another executor, and kills itself as the counter of ``crash_host`` has it.
 """
 
 import contextlib
@@ -113,7 +116,8 @@ def call(argv):
             print(json.dumps(found))
             return 0
         if what == "search":
-            recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **SEARCH)
+            executor = {"resources": {"executor": argv[3]}} if argv[3:] else {}
+            recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **{**SEARCH, **executor})
             carft_ray.search(recipe, argv[1], progress=False)
         elif what == "resume":
             carft_ray.resume(argv[1], argv[2], progress=False)
@@ -123,3 +127,16 @@ def call(argv):
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def main(argv):
+    worker.RUNNER = Runner(prepare, train)
+    if number := argv[4:]:
+        crash_host.Counter(int(number[0]), *number[1:]).install()
+    return call(argv[:4])
+
+
+if __name__ == "__main__":
+    import debug_search  # whose functions the workers of Ray import by this name
+
+    sys.exit(debug_search.main(sys.argv[1:]))
