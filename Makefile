@@ -92,7 +92,7 @@ kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py $(WHAT)
 
 # all kills of a training, of searches and of a confirm, around every write; `make test` makes others of them every day.
-# Some ten minutes; WHERE=bucket: around every write to a bucket
+# Some 25 minutes, of which 20 starts with Ray take half; WHERE=bucket: around every write to a bucket, also a failing one
 WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
 	@KILLS_OF=1 $(BIN)/python -m pytest -s tests/test_study_crash.py -k $(WHERE)

@@ -201,18 +201,18 @@ def test_a_search_killed_at_its_start_goes_on_where_its_bucket_answers_500_late_
 
 @pytest.mark.timeout(5400)
 @pytest.mark.whole
-def test_a_search_with_ray_killed_at_its_start_goes_on(tmp_path):
+def test_a_search_in_a_folder_with_ray_killed_at_its_start_goes_on(tmp_path):
     stand_in.tell(tmp_path, seconds=0)
     argv = [sys.executable, str(HERE / "debug_search.py"), "search"]
     numbers = crash_host.share([(number, moment) for number in range(1, 1 + NUM_WITH_RAY // 2) for moment in BOTH])
     for number, moment in numbers:
         study_dir = tmp_path / f"{number}-{moment}"
-        search = [*argv, str(study_dir), "1", "inline"]
+        search = [*argv, str(study_dir), "2", "inline"]
         code, output = killed_searches.finish(killed := killed_searches.started([*search, str(number), moment, "link"]))
         assert code == -signal.SIGKILL, output
         killed_searches.kill_group(killed)
         killed_searches.finished(killed_searches.started(search))
-        assert [row.outcome for row in trials(study_dir)] == ["complete"]
+        assert [row.outcome for row in trials(study_dir)] == ["complete"] * 2
         assert sorted(row.outcome for row in baselines(study_dir)) == ["complete", "complete"]
         killed_searches.check_told_once(study_dir)
     print(f"kills with Ray: {len(numbers)}; wedged 0")
