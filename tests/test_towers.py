@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,9 +20,10 @@ from tiny import make_clip, make_resnet_clip
 from torch import nn
 
 from carft_ray.data.source import ImageSet
-from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
+from carft_ray.errors import MachineError, OutOfMemoryError, RecipeError, StorageError
 from carft_ray.launch import micro_batch
 from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.ray_errors import lost_rank
 from carft_ray.model import tower
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.heads import build_heads
@@ -358,6 +360,21 @@ def test_a_shortage_of_memory_within_the_compiler_is_no_failure_of_the_compiler(
 
     with pytest.raises(kind), explained_shortage("training", 8, 32, CPU, 8), _explained(1, 5):
         raise InductorError(said, None)
+
+
+def test_a_library_that_a_kill_has_left_half_built_fails_an_attempt_and_is_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    whole = Path(torch._C.__file__).read_bytes()  # any library
+    (tmp_path / "ab").mkdir()
+    for name, content in (("whole", whole), ("half", whole[: len(whole) // 2]), ("empty", b"")):
+        (tmp_path / "ab" / f"{name}.so").write_bytes(content)
+    said = f"{tmp_path}/ab/half.so: file too short"
+    with pytest.raises(MachineError, match="left half built, now set aside") as caught, _explained(1, 5):
+        raise ImportError(said)
+    assert lost_rank(caught.value, RunContext()) is not None
+    assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "half.half", "empty.half"}
+    with pytest.raises(ImportError, match="file too short"), _explained(1, 5):
+        raise ImportError(said)  # nothing is half built any more: it is another one's
 
 
 LAYERS = "train.freeze_layers: must be at most"

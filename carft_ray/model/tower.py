@@ -8,12 +8,16 @@ block and the projection belongs to the last block. timm's layer decay (after BE
 Only the model shows whether a tower can do what ``train`` asks: ``recipe_problems`` is asked before a study trains.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
+import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,9 +112,37 @@ def has_compiler(device: torch.device) -> bool:
     try:
         torch.compile(lambda numbers: numbers.sin().sum(), dynamic=False)(torch.ones(64, device=device))
     except Exception as error:  # of torch, of a compiler that is missing or fails, or of what it has built
+        if set_aside_half_built():
+            torch.compiler.reset()
+            return has_compiler(device)
         logger.warning("train.compile is off: torch cannot compile here: %s", str(error).strip().partition("\n")[0])
         return False
     return True
+
+
+def set_aside_half_built() -> list[Path]:
+    """Renames libraries in the cache of torch's compiler that a kill has left half written; torch builds them again.
+
+    Returns:
+        Where they were; those that cannot be renamed are none.
+    """
+    folder, found = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), list[Path]()  # torch sets it when it first compiles
+    for path in Path(folder).glob("**/*.so") if folder else ():
+        with contextlib.suppress(OSError):
+            if not _is_whole(path):
+                os.replace(path, path.with_suffix(".half"))
+                found.append(path)
+    return found
+
+
+def _is_whole(library: Path) -> bool:
+    """Tells whether a library has its end: in ELF the table of sections, whose place the header names (elf(5))."""
+    with library.open("rb") as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":  # else it is of another system
+        return size > 0
+    (offset,), (entry, count) = struct.unpack_from("<Q", head, 0x28), struct.unpack_from("<HH", head, 0x3A)
+    return bool(offset + entry * count <= size)
 
 
 def compile_tower(classifier: ImageClassifier, micro_batch: int, grad_checkpointing: bool) -> None:

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.data.source import IntArray, Source
 from carft_ray.data.views import parts_of, permutation
-from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
+from carft_ray.errors import CarftError, DivergedError, MachineError, Problem, RecipeError, StorageError
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
 from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import move_towards, teacher_shares, update_average
-from carft_ray.model.tower import compile_tower, shape_tower
+from carft_ray.model.tower import compile_tower, set_aside_half_built, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import prefetch
@@ -199,12 +199,21 @@ def same_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(step: int, num_steps: int) -> Iterator[None]:
-    """Adds the step to what an exception says; the failure of torch's compiler, at the first step, is one message."""
+    """Adds the step to what an exception says; the failure of torch's compiler, at the first step, is one message.
+
+    Libraries that a kill has left half built are a failure of the machine: they are set aside, for another attempt.
+    """
     try:
         yield
     except Exception as error:
         error.add_note(f"at step {step} of {num_steps}")
-        if is_out_of_memory(error) or not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+        is_compilers = any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
+        if is_out_of_memory(error) or not (is_compilers or isinstance(error, ImportError | OSError)):
+            raise
+        if half := set_aside_half_built():
+            text = "torch's compiler cache has a library that a killed process has left half built, now set aside"
+            raise MachineError(f"{text}: {half[0]}") from error
+        if not is_compilers:
             raise
         next_step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
         rule = "must be false here: torch cannot compile the image tower"
