@@ -729,8 +729,9 @@ def test_each_set_has_its_own_pixels_in_every_cache(kind, tmp_path):
 def test_a_preparation_and_the_targets_of_a_training_belong_to_the_place_of_the_images(tmp_path):
     path = short_training.make(tmp_path)
     stores, tables = [], []
+    specs = {view: json.dumps(with_one_date("folder", tmp_path, view)) for view in GREYS}
     for view in (*GREYS, "clean"):
-        spec = json.dumps(with_one_date("folder", tmp_path, view))
+        spec = specs[view]
         sets = [f"data.{role}={spec}" for role in ("train", "id_val", "ood_val.sketch")]
         recipe = load_recipe(path, [*sets, "resources.targets=stored", f"data.cache_dir={tmp_path / 'cache'}"])
         prepare(recipe, tmp_path / "prepared")

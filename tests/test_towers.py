@@ -375,6 +375,13 @@ def test_a_library_that_a_kill_has_left_half_built_fails_an_attempt_and_is_set_a
     assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "half.half", "empty.half"}
     with pytest.raises(ImportError, match="file too short"), _explained(1, 5):
         raise ImportError(said)  # nothing is half built any more: it is another one's
+    from torch._dynamo.exc import TorchDynamoException
+
+    with pytest.raises(MachineError, match="left half built, now set aside"), _explained(1, 5):
+        raise TorchDynamoException("torch remembers what it could not load")
+    tower.half_built.clear()
+    with pytest.raises(RecipeError, match="must be false here"), _explained(1, 5):
+        raise TorchDynamoException("no compiler")
 
 
 LAYERS = "train.freeze_layers: must be at most"

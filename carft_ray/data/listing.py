@@ -178,8 +178,8 @@ class Listing:
         """Opens a file of many images, where it is a table, after a look whether it is as it was."""
         with self._lock:  # no two threads open one file
             if path not in self._unchanged:
-                now = of_any_copy(checked_stamp(Path(self.root, path), container_stamp))
-                if not self.stamps.setdefault(path, now).startswith(now):
+                now = checked_stamp(Path(self.root, path), container_stamp)
+                if not self.stamps.setdefault(path, now).startswith(of_any_copy(now)):
                     rule = "must not change while a command uses it"
                     raise DataError(Problem(os.path.join(self.root, path), rule, next_step="Run the command again."))
                 self._unchanged.add(path)

@@ -37,6 +37,7 @@ TOWER_FIELDS = ("freeze_layers", "lora_rank", "grad_checkpointing", "head_lr_fac
 COMPILED_FROM = 1000  # steps of a training, below which ``compile: auto`` is off: compiling takes minutes
 
 logger = logging.getLogger(__name__)
+half_built: list[Path] = []  # libraries that this process has set aside: torch remembers what it could not load
 
 _TRUNK, _AFTER_TRUNK = "trunk.", "behind the trunk: "
 # Layers in timm's notation: names of the stem, then patterns of blocks, ordered by their numbers. Others come last.
@@ -121,7 +122,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def set_aside_half_built() -> list[Path]:
-    """Renames libraries in the cache of torch's compiler that a kill has left half written; torch builds them again.
+    """Renames libraries in the cache of torch's compiler that a kill has left half written; another process builds them.
 
     Returns:
         Where they were; those that cannot be renamed are none.
@@ -132,6 +133,7 @@ def set_aside_half_built() -> list[Path]:
             if not _is_whole(path):
                 os.replace(path, path.with_suffix(".half"))
                 found.append(path)
+    half_built.extend(found)
     return found
 
 

@@ -26,7 +26,7 @@ from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
 from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import move_towards, teacher_shares, update_average
-from carft_ray.model.tower import compile_tower, set_aside_half_built, shape_tower
+from carft_ray.model.tower import compile_tower, half_built, set_aside_half_built, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import prefetch
@@ -210,7 +210,7 @@ def _explained(step: int, num_steps: int) -> Iterator[None]:
         is_compilers = any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
         if is_out_of_memory(error) or not (is_compilers or isinstance(error, ImportError | OSError)):
             raise
-        if half := set_aside_half_built():
+        if half := set_aside_half_built() or (half_built if is_compilers else []):
             text = "torch's compiler cache has a library that a killed process has left half built, now set aside"
             raise MachineError(f"{text}: {half[0]}") from error
         if not is_compilers:
