@@ -22,6 +22,12 @@ set with three seeds that each differ on other images, are drawn: 500 pairs per 
 difference, p below .05; with one seed, 50 % and 8 images or more, at least 2 % must, else the interval is wider than it
 need be.
 
+Then sets that show the same images (`--shared-images` runs only these): an ID set, and as OOD set its images under
+corruptions, whose correctness correlates by .6. A configuration's answers on an image, clean and corrupted, are drawn
+together. Another configuration, or another seed, draws them anew on a share of the images, so all are equal. With one
+and with three seeds the 95 % interval of the objective must cover the truth in at least 93 %, and two configurations
+may show a difference in at most 6 %. In brackets is the result of taking both sets as independent.
+
 Exit code 1 when a check misses. Synthetic throughout.
 """
 
@@ -39,7 +45,13 @@ import numpy.typing as npt
 from scipy import special
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
+from carft_ray.results.statistics.intervals import (
+    Interval,
+    crossed,
+    objective_difference,
+    objective_interval,
+    paired_differences,
+)
 from carft_ray.results.statistics.paired import correct_best, ranking_noise
 
 SIZES = {"id_val": 500, "ood_1": 300, "ood_2": 300}
@@ -57,6 +69,10 @@ PAIR_ACCURACY, PAIR_LEAST = 0.7, 0.935
 SMALL_IMAGES, SMALL_SHARES = (5, 8, 10, 20, 50), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 SMALL_PAIRS = 500  # per setting, of what is drawn
 SMALL_MOST, SMALL_LEAST = 0.065, 0.02  # false alarms of a test at 5 %
+SHARED_SIZES = ((200, 200), (1000, 1000), (5000, 5000), (1000, 500))  # ID images; how many of them the OOD set has
+SHARED_ACCURACIES, SHARED_CORRELATION = (0.8, 0.7), 0.6  # clean and corrupted
+SHARED_ANEW = 0.2  # images that another seed answers anew; another configuration, half of them
+SHARED_LEAST, SHARED_MOST = 0.93, 0.06
 NOMINAL = (0.93, 0.97)  # what a coverage of 95 % may come to in 1,000 studies
 
 FloatArray = npt.NDArray[np.float64]
@@ -318,6 +334,59 @@ def small_checks(rng: np.random.Generator, num_pairs: int) -> tuple[list[Check],
     return checks, lines
 
 
+def answers_together(rng: np.random.Generator, num_images: int) -> BoolArray:
+    """Returns correctness on images and on the same images under corruptions, bool [2, n], correlated."""
+    a, b = SHARED_ACCURACIES
+    both = a * b + SHARED_CORRELATION * math.sqrt(a * (1 - a) * b * (1 - b))
+    outcome = rng.choice(4, num_images, p=[both, a - both, b - both, 1 - a - b + both])
+    return np.stack([outcome < 2, outcome % 2 == 0])
+
+
+def shared_intervals(
+    rng: np.random.Generator, num_pairs: int, num_seeds: int, sizes: tuple[int, int]
+) -> dict[str, list[tuple[Interval, Interval]]]:
+    """Returns the interval of an objective and of the difference of two equal configurations, as it is done and with
+    both sets taken as independent."""
+    num_images, num_corrupted = sizes
+    images = {"id_val": np.arange(num_images, dtype=np.uint64), "ood": np.arange(num_corrupted, dtype=np.uint64)}
+    specs = {name: ObjectiveSpec("weighted_mean", "id_val", ("ood",), images=each)
+             for name, each in (("joined", images), ("independent", None))}  # fmt: skip
+
+    def anew(before: BoolArray, share: float) -> BoolArray:
+        return np.where(rng.random(num_images) < share, answers_together(rng, num_images), before)
+
+    found: dict[str, list[tuple[Interval, Interval]]] = {name: [] for name in specs}
+    for _ in range(num_pairs):
+        first = answers_together(rng, num_images)
+        pair = []
+        for configuration in (first, anew(first, SHARED_ANEW / 2)):
+            seeds = np.stack([anew(configuration, SHARED_ANEW) for _ in range(num_seeds)], axis=1)
+            pair.append({"id_val": seeds[0], "ood": seeds[1, :, :num_corrupted]})
+        for name, spec in specs.items():
+            found[name].append((objective_interval(spec, pair[0]), objective_difference(spec, *pair)))
+    return found
+
+
+def shared_checks(
+    rng: np.random.Generator, num_pairs: int, all_sizes: Sequence[tuple[int, int]] = SHARED_SIZES
+) -> tuple[list[Check], list[str]]:
+    """Returns the checks of sets that show the same images, and their table."""
+    truth = sum(SHARED_ACCURACIES) / 2
+    checks, lines = [], ["Sets that show the same images, %: joined, and in brackets as if they were independent"]
+    for num_seeds, sizes in itertools.product((1, 3), all_sizes):
+        found = shared_intervals(rng, num_pairs, num_seeds, sizes)
+        coverage = {name: float(np.mean([covers(one.ends, truth) for one, _ in each])) for name, each in found.items()}
+        alarms = {name: float(np.mean([gap.p_value < 0.05 for _, gap in each])) for name, each in found.items()}
+        what = f"{sizes[0]} images, {sizes[1]} of them corrupted, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
+        checks.append(Check(f"{what}: coverage, %", coverage["joined"], SHARED_LEAST, 1.0))
+        checks.append(Check(f"{what}: false alarms, %", alarms["joined"], 0.0, SHARED_MOST))
+        lines.append(
+            f"    {what}: covers {100 * coverage['joined']:.1f} ({100 * coverage['independent']:.1f}), "
+            f"false alarms {100 * alarms['joined']:.1f} ({100 * alarms['independent']:.1f})"
+        )
+    return checks, lines
+
+
 def run(
     num_studies: int = NUM_STUDIES,
     num_trials: int = NUM_TRIALS,
@@ -366,13 +435,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help=f"trials of each ({NUM_TRIALS})")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"equal configurations per setting ({NUM_PAIRS})")
     parser.add_argument("--small-sets", action="store_true", help="only the comparisons on 5 to 50 images (15 s)")
+    parser.add_argument("--shared-images", action="store_true", help="only sets that show the same images (3 min)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
     given = parser.parse_args(argv)
     if min(given.studies, given.trials, given.pairs) < 2:
         parser.error("--studies, --trials and --pairs must be at least 2")
     began = time.perf_counter()
-    checks, further = small_checks(np.random.default_rng([given.seed, 2]), SMALL_PAIRS)
+    checks, further = list[Check](), list[str]()
+    if not given.shared_images:
+        checks, further = small_checks(np.random.default_rng([given.seed, 2]), SMALL_PAIRS)
     if not given.small_sets:
+        others, lines = shared_checks(np.random.default_rng([given.seed, 3]), given.pairs)
+        checks, further = checks + others, further + lines
+    if not given.small_sets and not given.shared_images:
         others, lines = run(given.studies, given.trials, given.seed, given.pairs)
         checks, further = others + checks, lines + further
     for check in checks:

@@ -328,12 +328,31 @@ def test_pairs_are_the_same_in_blocks_of_any_size_and_few_for_an_image_of_which_
     assert np.bincount(everything[:, 1]).tolist() == [0, 30, 30]
     monkeypatch.setattr(find, "NEAREST", 8)
     found, apart = find.same_pictures(mine, theirs)
-    assert np.bincount(found[:, 1]).tolist() == [0, 9, 9]  # and the one with the same pixels
+    assert {*found[:, 0].tolist()} == {*everything[:, 0].tolist()} == {*range(30)}  # each of them is in a pair
+    assert len(found) <= 2 * 9 + 30  # 8 nearest and the one with the same pixels; one pair for each of the others
     assert sorted(apart.tolist())[:3] == [0, 0, apart[apart > 0].min()]
     monkeypatch.setattr(find, "_ROWS", 2)
     monkeypatch.setattr(find, "_BLOCK", 7)
     again, distances = find.same_pictures(mine, theirs)
     assert (again.tolist(), distances.tolist()) == (found.tolist(), apart.tolist())
+
+
+@pytest.mark.slow
+def test_all_of_230_copies_of_one_test_image_leave_the_training_set(tmp_path):
+    """Copies as JPEG of many qualities and sizes; the 64 nearest alone would leave 166 in the training set."""
+    copies = []
+    for quality, side in itertools.product(range(72, 95), range(130, 230, 10)):
+        file = io.BytesIO()
+        Image.fromarray(PICTURES["photo"]).resize((side, side), Image.Resampling.BICUBIC).save(
+            file, "JPEG", quality=quality
+        )
+        with Image.open(file) as image:
+            copies.append(np.asarray(image))
+    assert len(copies) == 230
+    mine, theirs = records_of([*copies, photo(5, 200, 160)], 1), records_of([PICTURES["photo"]], 2)
+    found, apart = find.same_pictures(mine, theirs)
+    assert {*found[:, 0].tolist()} == {*range(230)}
+    assert apart.max() <= find.LIMIT
 
 
 def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):

@@ -1,16 +1,28 @@
 """Intervals over seeds and images, what the choice of the best is worth, configurations compared, and the lines."""
 
+import itertools
 import json
 import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from report_studies import predictions_table
 from scipy import stats
+from stand_in import SANDBOX_SET, make_recipe
 
-from benchmarks.statistics import SMALL_IMAGES, SMALL_LEAST, SMALL_MOST, SMALL_SHARES, false_alarms
+from benchmarks.statistics import SMALL_IMAGES, SMALL_LEAST, SMALL_MOST, SMALL_SHARES, false_alarms, shared_checks
+from carft_ray import layout
 from carft_ray.evaluation.metrics import wilson
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import concat, write_predictions
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results import compare as results_compare
+from carft_ray.results import test_summary
 from carft_ray.results.statistics import intervals
+from carft_ray.results.statistics.images import groups, with_images
 from carft_ray.results.statistics.intervals import (
     crossed,
     headline,
@@ -22,6 +34,7 @@ from carft_ray.results.statistics.intervals import (
     values_by_seed,
 )
 from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, holm, ranking_noise, row_lines
+from carft_ray.results.stored import read_stored
 from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console
 
@@ -162,14 +175,14 @@ def test_objectives_weigh_sets_by_their_derivatives():
 
 
 def test_accuracies_of_one_seed_or_without_variation_get_the_interval_of_wilson_and_stays_below_one():
-    assert intervals.accuracy_interval(np.array([[True] * 9 + [False]])).ends == pytest.approx(wilson(9, 10))
-    assert intervals.accuracy_interval(np.ones((3, 28), bool)).ends == pytest.approx(wilson(28, 28))
+    assert intervals.accuracy_interval({"a": np.array([[True] * 9 + [False]])}).ends == pytest.approx(wilson(9, 10))
+    assert intervals.accuracy_interval({"a": np.ones((3, 28), bool)}).ends == pytest.approx(wilson(28, 28))
     nearly = np.ones((2, 40), bool)
     nearly[0, 0] = nearly[1, 1] = False
-    mean = intervals.accuracy_interval(np.ones((1, 4), bool), np.arange(1000)[None] % 2 == 0)
+    mean = intervals.accuracy_interval({"a": np.ones((1, 4), bool), "b": np.arange(1000)[None] % 2 == 0})
     below = math.hypot(1 - wilson(4, 4)[0], 0.5 - wilson(500, 1000)[0]) / 2
     assert mean.ends == pytest.approx((0.75 - below, 0.75 + (wilson(500, 1000)[1] - 0.5) / 2))
-    result = intervals.accuracy_interval(nearly)
+    result = intervals.accuracy_interval({"a": nearly})
     assert 0 < result.ends[0] < result.mean < result.ends[1] == 1
     for right, num in ((0, 10), (3, 10), (812, 1008)):
         reference = stats.binomtest(right, num).proportion_ci(0.95, method="wilson")
@@ -386,3 +399,128 @@ def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_i
     assert comparison_lines(found)[-1].endswith(f"points; test; 95 % interval {intervals.OVER_IMAGES}.")
     pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
     assert 0 <= pair["p"] <= 1
+
+
+CORRUPTED = {"source": "corrupted", "of": {**SANDBOX_SET, "split": "val"}, "severity": 3}
+
+
+def recipe_of(**ood_val):
+    content = make_recipe().model_dump(mode="json", exclude_unset=True)
+    content["data"] |= {"id_val": {**SANDBOX_SET, "split": "val"}, "ood_val": ood_val}
+    return Recipe.model_validate(content)
+
+
+def test_sets_of_the_same_images_are_known_by_place_and_sample_id(tmp_path):
+    ids = {name: np.arange(9, dtype=np.uint64) for name in ("id_val", "shifted", "other")}
+    recipe = recipe_of(shifted=CORRUPTED, other={**SANDBOX_SET, "domain": "sketch", "split": "val"})
+    images = with_images(objective_spec(recipe), recipe, ids).images
+    assert np.array_equal(images["id_val"], images["shifted"])
+    assert not np.isin(images["id_val"], images["other"]).any()  # equal ids, but of another place
+    assert groups(images, images) == [("id_val", "shifted"), ("other",)]
+    folder = {"source": "folder", "path": str(tmp_path / "a"), "part": [0, 0.5]}
+    apart = recipe_of(one=folder, other={**folder, "path": str(tmp_path / "b")})
+    assert with_images(objective_spec(apart), apart, ids).images is None
+    partly = recipe_of(one=folder, other={**folder, "part": [0.25, 1]})
+    assert with_images(objective_spec(partly), partly, {**ids, "one": ids["id_val"]}).images is not None
+
+
+def test_sets_without_a_common_image_have_the_numbers_of_independent_sets_bit_for_bit():
+    rng = np.random.default_rng(3)
+    values, other = ({name: rng.random((3, n)) < 0.6 for name, n in {"id": 50, "a": 31, "b": 40}.items()} for _ in "ab")
+    apart = {"id": np.arange(50), "a": 100 + np.arange(31), "b": 200 + np.arange(40)}
+    for kind, rows in itertools.product(("weighted_mean", "harmonic", "worst_domain"), (1, 3)):
+        spec = ObjectiveSpec(kind, "id", ("a", "b"))
+        one, two = ({name: x[:rows] for name, x in each.items()} for each in (values, other))
+        told = replace(spec, images=apart)
+        assert objective_interval(told, one) == objective_interval(spec, one)
+        assert objective_difference(told, one, two) == objective_difference(spec, one, two)
+        assert ranking_noise(told, [0.5] * rows, one) == ranking_noise(spec, [0.5] * rows, one)
+        assert intervals.accuracy_interval(one, apart) == intervals.accuracy_interval(one)
+        # and those are the sums over sets of the formula
+        weights = spec.weights(intervals.mean_accuracies(one))
+        v_image = sum(
+            w**2 * intervals._image_variance(np.asarray(one[name], float)) for name, w in weights.items() if w
+        )
+        assert objective_interval(told, one).image_variance == v_image
+
+
+def test_sets_of_the_same_images_vary_as_one_value_per_image():
+    rng = np.random.default_rng(5)
+    weights, images = {"a": 0.7, "b": 0.3, "c": 1.0}, dict.fromkeys("ab", np.arange(40)) | {"c": 99 + np.arange(20)}
+    for rows in (1, 3):
+        values = {name: (rng.random((rows, 20 if name == "c" else 40)) < 0.5).astype(float) for name in "abc"}
+        joined = {"ab": 0.7 * values["a"] + 0.3 * values["b"], "c": values["c"]}
+        one, two = crossed(values, weights, images=images), crossed(joined, {"ab": 1.0, "c": 1.0})
+        assert one.ends == pytest.approx(two.ends, abs=1e-14)
+        assert one.p_value == pytest.approx(two.p_value)
+        assert one.residual_variance == pytest.approx(two.residual_variance)
+    # one image of two that b has, too: the covariance of that one counts
+    found = crossed({"a": np.array([[1, 0, 0, 1]]), "b": np.array([[1, 0]])}, {"a": 0.5, "b": 0.5},
+                    images={"a": np.array([7, 5, 1, 2]), "b": np.array([7, 9])})  # fmt: skip
+    joint = [0.5 * 0.5 / 4 + 0.5 * 0.5 / 2, -0.5 * 0.5 / 4, -0.5 * 0.5 / 4, 0.5 * 0.5 / 4, -0.5 * 0.5 / 2]
+    assert found.image_variance == pytest.approx(5 / 4 * sum(each**2 for each in joint))
+
+
+def test_sets_of_the_same_images_that_never_change_may_change_together():
+    still = {name: np.zeros((1, 30)) for name in "ab"}
+    images = dict.fromkeys("ab", np.arange(30))
+    apart, together = (crossed(still, {"a": 0.5, "b": 0.5}, images=each) for each in (None, images))
+    assert together.ends[1] == pytest.approx(2 * apart.ends[1])
+    same = {name: np.arange(30)[None] % 3 == 0 for name in "ab"}
+    alone = intervals.accuracy_interval({"a": same["a"]})
+    assert intervals.accuracy_interval(same, images).ends == pytest.approx(alone.ends)  # b says nothing new
+    right = dict.fromkeys("ab", np.ones((1, 30), bool))
+    alone = intervals.accuracy_interval({"a": right["a"]})
+    assert intervals.accuracy_interval(right, images).ends == pytest.approx(alone.ends)
+
+
+def test_every_number_of_a_test_read_knows_of_common_images():
+    recipe = recipe_of()
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    clean = {**SANDBOX_SET, "split": "test"}
+    content["data"] |= {"id_test": clean, "ood_test": {"shifted": {**CORRUPTED, "of": clean}}}
+    rng, ids, tables = np.random.default_rng(0), np.arange(60, dtype=np.uint64), {}
+    for run in ("w", "b"):
+        right = rng.random(60) < 0.6
+        parts = [
+            predictions_table(name, 1.0, ids, np.zeros(60, int), np.stack([right, ~right], axis=1).astype(float))
+            for name in ("id_test", "shifted")
+        ]
+        tables[run] = concat(parts)
+    rows = [{"name": run, "role": role, "alpha": 1.0, "objective": 0.5, "runs": [run]}
+            for run, role in (("w", "winner"), ("b", "baseline"))]  # fmt: skip
+    compared = {"confirmed": False, "seeds": [0], "rows": rows}
+    found = test_summary.summarise(Recipe.model_validate(content), compared, [], tables, {})
+    # the corrupted set has the same answers, so it adds nothing to what is known
+    for row in found["rows"]:
+        assert row["objective"]["image_variance"] == pytest.approx(row["id_accuracy"]["image_variance"])
+    objective, of_id = (found["baselines"][0][key] for key in ("objective", "sets"))
+    assert objective["ends"] == pytest.approx(of_id["id_test"]["ends"])
+
+
+def test_a_study_is_read_with_the_images_of_its_sets(tmp_path):
+    recipe, ids = recipe_of(shifted=CORRUPTED), np.arange(40, dtype=np.uint64)
+    right = np.random.default_rng(1).random(40) < 0.7
+    logits = np.stack([right, ~right], axis=1).astype(float)
+    table = concat([predictions_table(name, 0.0, ids, np.zeros(40, int), logits) for name in ("id_val", "shifted")])
+    path = tmp_path / layout.PREPARED / layout.ZERO_SHOT_TABLE
+    write_predictions(path, table)
+    row = SimpleNamespace(name="zero_shot", alpha=0.0)
+    spec, chosen, _ = read_stored(tmp_path, [row], recipe)
+    assert np.array_equal(spec.images["id_val"], spec.images["shifted"])
+    alone = crossed({"a": chosen["zero_shot"]["id_val"]}, {"a": 1.0})
+    assert objective_interval(spec, chosen["zero_shot"]).ends == pytest.approx(alone.ends)
+    side = SimpleNamespace(recipe=recipe, predictions=lambda: table, result={"alpha": 0.0})
+    pairs = dict.fromkeys(("id_val", "shifted"), (right, ~right))
+    found = results_compare._intervals(side, side, pairs, {})
+    assert found["objective"].ends == pytest.approx(found["id_accuracy"].ends)
+
+
+@pytest.mark.slow
+def test_the_simulated_intervals_of_sets_with_the_same_images_keep_their_promise():
+    checks, lines = shared_checks(np.random.default_rng(0), 400, ((200, 200), (300, 150)))
+    assert len(checks) == 2 * 2 * 2
+    for check in checks:  # two Monte Carlo standard errors beside the bounds of the 2,000 pairs
+        assert check.least - 0.022 <= check.value <= check.most + 0.024, check.line()
+    coverages = [float(re.search(r"covers [\d.]+ \(([\d.]+)\)", line)[1]) for line in lines[1:]]
+    assert min(coverages) < 91  # of independent sets

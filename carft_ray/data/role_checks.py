@@ -97,6 +97,13 @@ def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
     return len(roles) == 1 or (corrupted and roles in ({"id_val", "ood_val"}, {"id_test", "ood_test"}))
 
 
+def name_space(spec: PlainSet) -> tuple[object, ...]:
+    """Returns what the names of a set's images are names in: in two sets of one, an image has one sample id."""
+    if isinstance(spec, SandboxSet):
+        return spec.source, spec.domain, spec.split
+    return spec.source, spec.path, reader_of(spec).naming(spec)
+
+
 def _held(spec: PlainSet) -> _Held:
     """Returns the places of a set's images, each with the folders around it, and all of these folders."""
     if isinstance(spec, SandboxSet):
@@ -121,7 +128,7 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     if reader.disjoint(one, other):
         return True
     # a part is of the hash of the name, so one image must have one name in both
-    if one.part is None or other.part is None or (one.path, reader.naming(one)) != (other.path, reader.naming(other)):
+    if one.part is None or other.part is None or name_space(one) != name_space(other):
         return False
     return one.part[1] <= other.part[0] or other.part[1] <= one.part[0]
 

@@ -11,13 +11,14 @@ Without any OOD set every kind is a. All accuracies are fractions.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from carft_ray.data.source import IdArray
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.recipe.schema.recipe import Recipe
 
@@ -42,12 +43,15 @@ class ObjectiveSpec:
         id_set: Name of the ID set.
         ood_sets: Names of the OOD sets; none of them may be ``id_set``.
         id_weight: w, used by ``weighted_mean`` alone.
+        images: Per set an id of each image, equal ids for one image that two sets show; None: no two sets share one
+            (``statistics.images``).
     """
 
     kind: ObjectiveKind
     id_set: str
     ood_sets: tuple[str, ...]
     id_weight: float = 0.5
+    images: Mapping[str, IdArray] | None = field(default=None, compare=False, repr=False)
 
     @property
     def sets(self) -> tuple[str, ...]:

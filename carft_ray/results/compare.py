@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
-from carft_ray.evaluation.predictions import correct, select
+from carft_ray.evaluation.predictions import correct, sample_ids, select
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import alone, single
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
+from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
 from carft_ray.study.place import named
 from carft_ray.study.provenance import differences
@@ -141,11 +142,17 @@ def _intervals(
     if ID_SET in gaps:
         found["id_accuracy"] = found.pop(f"accuracy/{ID_SET}")
     specs = [objective_spec(each.recipe) for each in (a, b)]
+    if {*specs[0].sets} <= set(pairs):
+        table = a.predictions()
+        ids = {name: sample_ids(table, name, float(a.result["alpha"])) for name in specs[0].sets}
+        specs[0] = with_images(specs[0], a.recipe, ids)
     names, ood = specs[0].ood_sets, [set(spec.ood_sets) for spec in specs]
     if ood[0] != ood[1]:
         reasons["ood_accuracy"] = "it is the mean of other sets"
     elif ood[0] and ood[0] <= set(pairs):
-        found["ood_accuracy"] = crossed({name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)))
+        found["ood_accuracy"] = crossed(
+            {name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)), images=specs[0].images
+        )
     defined = [
         (spec.kind, spec.id_weight if spec.kind == "weighted_mean" else None, {*spec.ood_sets}) for spec in specs
     ]

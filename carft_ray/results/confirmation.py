@@ -25,7 +25,7 @@ from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem, UsageError
 from carft_ray.evaluation.alpha import point_at
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
+from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions, sample_ids
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.data import CACHE_KEYS
@@ -33,6 +33,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import values_by_seed
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.study import typed
@@ -429,8 +430,10 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
     whole = [each for row, trainings in whole for each in _at_its_own_alpha(study_dir, spec, row, trainings)]
+    table = _tables(study_dir, whole[0][1])[0]
+    ids = {name: sample_ids(table, name, whole[0][0].alpha) for name in spec.sets}
     found = compare(
-        spec,
+        with_images(spec, recipe, ids),
         {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole},
         winner.name,
         {row.name: row.objective for row, _ in whole if row.role == "baseline"},

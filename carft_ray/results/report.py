@@ -15,7 +15,7 @@ import pyarrow.csv
 
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts, shared_lines
-from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
@@ -61,12 +61,12 @@ def study_report(view: Overview) -> dict[str, Any]:
         StorageError, DataError: Stored predictions are missing, damaged or of different images.
     """
     best, recipe, study_dir = require_finished(view.study_dir, view.best), view.recipe, view.study_dir
-    spec, front, shared = objective_spec(recipe), front_data(recipe, view.trials), read_shared(study_dir)
+    front, shared = front_data(recipe, view.trials), read_shared(study_dir)
     trials, baselines = (
         [row for row in rows if row.outcome == "complete" and row.objective is not None]
         for rows in (view.trials, view.baselines)
     )
-    chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], spec)
+    spec, chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], recipe)
     data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
@@ -79,7 +79,7 @@ def study_report(view: Overview) -> dict[str, Any]:
         "alphas": num_alphas,
         "test_reads": num_test_reads(study_dir, view.log),
     }
-    against = against_baseline(recipe, best, baselines, chosen)
+    against = against_baseline(recipe, spec, best, baselines, chosen)
     return {
         "study": named(study_dir),
         "name": recipe.name,

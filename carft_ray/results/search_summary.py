@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.command import SearchResult
 from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.schema.recipe import Recipe
@@ -55,8 +54,8 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
     rivals = [row for row in result.baselines if row.objective is not None]
-    chosen, _ = read_stored(result.study_dir, [best, *rivals], objective_spec(recipe))
-    against = against_baseline(recipe, best, rivals, chosen)
+    spec, chosen, _ = read_stored(result.study_dir, [best, *rivals], recipe)
+    against = against_baseline(recipe, spec, best, rivals, chosen)
     return [
         *front_lines(front),
         *constraint_lines(best),

@@ -9,7 +9,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.source import IdArray
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import (
     BoolArray,
     alphas,
@@ -19,7 +19,9 @@ from carft_ray.evaluation.predictions import (
     sample_ids,
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import TRIALS, read_plan, row_correct, whole_rows
+from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 from carft_ray.study.training import TrialRow, file_of
@@ -34,22 +36,23 @@ def predictions_path(study_dir: Path, row: TrialRow) -> Path:
     return file_of(study_dir, row, PREDICTIONS)
 
 
-def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) -> tuple[Chosen, int]:
+def read_stored(study_dir: Path, rows: Sequence[TrialRow], recipe: Recipe) -> tuple[ObjectiveSpec, Chosen, int]:
     """Reads the predictions of complete trials and baselines.
 
     Args:
         study_dir: The study directory.
         rows: Complete trials and baselines, zero-shot among them.
-        spec: The objective.
+        recipe: The study's recipe.
 
     Returns:
-        Per row and set its correctness at its alpha, bool [1, n], and how many alphas of trained models were evaluated.
+        The objective with the images of its sets; per row and set its correctness at its alpha, bool [1, n]; how many
+        alphas of trained models were evaluated.
 
     Raises:
         StorageError: Predictions are missing or damaged.
         DataError: They lack a set or an alpha, or are of different images.
     """
-    chosen: Chosen = {}
+    spec, chosen = objective_spec(recipe), Chosen()
     num_alphas, ids = 0, dict[str, IdArray]()
     for row in rows:  # a table is let go before the next one is read: those of many trials together need much memory
         table, alpha = read_predictions(predictions_path(study_dir, row)), row.alpha or 0.0
@@ -58,7 +61,7 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) 
             require_same_images(ids.setdefault(name, own), own, name)
         chosen[row.name] = {name: correct_matrix([(table, alpha)], name) for name in spec.sets}
         num_alphas += sum(alpha > 0 for alpha in alphas(table, spec.id_set)) if row.name != ZERO_SHOT else 0
-    return chosen, num_alphas
+    return with_images(spec, recipe, ids) if ids else spec, chosen, num_alphas
 
 
 def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str, BoolArray]]]:

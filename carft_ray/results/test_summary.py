@@ -32,6 +32,7 @@ from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import Stage, last_stage, options_to_go_on, read_plan, whole_rows
+from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
@@ -156,18 +157,20 @@ def summarise(
     winner = next(row["name"] for row in rows if row["role"] == "winner")
     compare_rows = functools.partial(
         compare,
-        spec,
         winner=winner,
         baselines={row["name"]: row["objective"] for row in rows if row["role"] == "baseline"},
         id_margin=recipe.search.objective.id_margin,
     )
-    found = compare_rows(correct=correct, label="test sets")
     table, alpha = evaluations[winner][0]
-    alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in spec.sets}
+    ids = {name: sample_ids(table, name, alpha) for name in spec.sets}
+    found = compare_rows(with_images(spec, recipe, ids), correct=correct, label="test sets")
+    alone = {name: ~np.isin(own, _shared_ids(shared, name)) for name, own in ids.items()}
     without_shared = None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
         fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
-        without_shared = compare_rows(correct=fewer, label="test sets without images that are in other roles")
+        of_fewer = with_images(spec, recipe, {name: own[alone[name]] for name, own in ids.items()})
+        label = "test sets without images that are in other roles"
+        without_shared = compare_rows(of_fewer, correct=fewer, label=label)
         without_shared["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
     for row, each in zip(rows, found["rows"], strict=True):
         each |= {"role": row["role"], "alpha": row["alpha"], "seeds": len(row["runs"]), "runs": row["runs"]}

@@ -26,7 +26,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import time_left
 
-FORMAT_VERSION = 6  # rises when other pairs are found in the same records
+FORMAT_VERSION = 7  # rises when other pairs are found in the same records
 MOST_BITS = 24  # of 256, by which the hashes of candidates differ
 STEP_UP = 3.0  # grey levels from which on a step up sets a bit: below are noise and compression
 NEAREST = 64  # candidates of an image that are compared: of frames of a video each is one of all others
@@ -217,6 +217,9 @@ def same_pictures(
 ) -> tuple[IntArray, _Floats]:
     """Returns images that show one picture; hashes are compared block by block, by several threads.
 
+    Each image of the second set is compared with its ``NEAREST`` candidates. So is each image of the first that is none
+    of these: of it the nearest pair is enough, since a picture has any number of copies.
+
     Args:
         first: What is known of a set.
         second: Of another.
@@ -225,10 +228,31 @@ def same_pictures(
     Returns:
         Pairs of indices, int64 [K, 2]; the distance of each, float32 [K], 0 for the same pixels.
     """
+    equal_K2 = same_pixels(first, second)
+    pairs_K2, apart_K, cut_N = _nearest(first, second, on_progress)
+    left = np.setdiff1d(np.flatnonzero(cut_N), np.concatenate([pairs_K2[:, 0], equal_K2[:, 0]]))
+    fewer = replace(first, **{name: getattr(first, name)[left] for name in ("digests", "pixels", "thumbnails")})
+    turned_K2, more_K, _ = _nearest(second, fewer, lambda done, total: None)
+    order_K = np.lexsort((more_K, turned_K2[:, 1]))
+    best_K = order_K[np.unique(turned_K2[order_K, 1], return_index=True)[1]]
+    more_K2 = np.stack([left[turned_K2[best_K, 1]], turned_K2[best_K, 0]], axis=1)
+    no_distance_K = np.zeros(len(equal_K2), np.float32)
+    return np.concatenate([equal_K2, pairs_K2, more_K2]), np.concatenate([no_distance_K, apart_K, more_K[best_K]])
+
+
+def _nearest(
+    first: Records, second: Records, on_progress: OnProgress
+) -> tuple[IntArray, _Floats, npt.NDArray[np.bool_]]:
+    """Compares each image of the second set with its ``NEAREST`` candidates of the first.
+
+    Returns:
+        Pairs that show one picture, without those of the same pixels; their distances; and which images of the first
+        set were some image's candidate but none of its nearest, [N].
+    """
     mine_WN, theirs_WM = hashes(first.thumbnails), hashes(second.thumbnails)
 
-    def compared(number: int) -> tuple[IntArray, _Floats]:
-        pairs_K2, bits_K = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
+    def compared(number: int) -> tuple[IntArray, _Floats, IntArray]:
+        pairs_K2, bits_K, cut = np.empty((0, 2), np.int64), np.empty(0, np.uint8), [np.empty(0, np.int64)]
         begin = number * _ROWS
         for start in range(0, mine_WN.shape[1], _BLOCK):
             differ_WMN = theirs_WM[:, begin : begin + _ROWS, None] ^ mine_WN[:, None, start : start + _BLOCK]
@@ -239,18 +263,20 @@ def same_pictures(
             bits_K = np.concatenate([bits_K, bits_MN[j, i][other]])
             order_K = np.lexsort((bits_K, pairs_K2[:, 1]))
             of_one_K = pairs_K2[order_K, 1]
-            nearest = order_K[np.arange(len(of_one_K)) - np.searchsorted(of_one_K, of_one_K) < NEAREST]
-            pairs_K2, bits_K = pairs_K2[nearest], bits_K[nearest]
+            is_near_K = np.arange(len(of_one_K)) - np.searchsorted(of_one_K, of_one_K) < NEAREST
+            cut.append(np.unique(pairs_K2[order_K[~is_near_K], 0]))
+            pairs_K2, bits_K = pairs_K2[order_K[is_near_K]], bits_K[order_K[is_near_K]]
         apart_K = distances(first.thumbnails[pairs_K2[:, 0]], second.thumbnails[pairs_K2[:, 1]])
-        return pairs_K2[apart_K <= LIMIT], apart_K[apart_K <= LIMIT]
+        return pairs_K2[apart_K <= LIMIT], apart_K[apart_K <= LIMIT], np.concatenate(cut)
 
-    equal_K2, total = same_pixels(first, second), theirs_WM.shape[1]
-    found, apart = [equal_K2], [np.zeros(len(equal_K2), np.float32)]
-    for number, (pairs_K2, apart_K) in enumerate(in_order(compared, range(math.ceil(total / _ROWS))), start=1):
+    found, apart, cut_N = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)], np.zeros(mine_WN.shape[1], bool)
+    total = theirs_WM.shape[1]
+    for number, (pairs_K2, apart_K, cut) in enumerate(in_order(compared, range(math.ceil(total / _ROWS))), start=1):
         found.append(pairs_K2)
         apart.append(apart_K)
+        cut_N[cut] = True
         on_progress(min(number * _ROWS, total), total)
-    return np.concatenate(found), np.concatenate(apart)
+    return np.concatenate(found), np.concatenate(apart), cut_N
 
 
 def distances(first: PixelArray, second: PixelArray) -> _Floats:

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import scipy  # its modules load when they are first used
 
 from carft_ray.evaluation.metrics import LEVEL, wilson
-from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.statistics.images import ImagesBySet, joined_width, parts
 from carft_ray.study.training import TrialRow
 
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
@@ -76,6 +77,7 @@ def crossed(
     values: ValuesBySet,
     weights: Mapping[str, float],
     seed_values: Sequence[float] | None = None,
+    images: ImagesBySet | None = None,
 ) -> Interval:
     """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its 95 % interval.
 
@@ -95,6 +97,9 @@ def crossed(
     than with V_image = 0 (new seeds, these images): where V_seed is small by chance, ``dof`` is too large, and two or
     three seeds would cover 88 to 92 % (`python -m benchmarks.statistics`).
 
+    Sets that share images are no independent samples: they are one part of all these sums (``images.parts``). The rule
+    of three below adds up what they may change together.
+
     One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and dof = min_j n_j - 1, images only. On 5 to 50 images
     that shows a difference that does not exist in at most 6 % of the comparisons; the normal distribution would in up
     to 11 % (`python -m benchmarks.statistics`).
@@ -111,6 +116,7 @@ def crossed(
         weights: w_j per set, the same sets; sets of weight 0 change nothing.
         seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
             at the mean accuracies.
+        images: Per set an id of each image, [n_j]; equal ids are one image. None: no two sets share one.
     """
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
     num_seeds = next(iter(arrays.values())).shape[0]
@@ -119,14 +125,18 @@ def crossed(
     mean = float(y.mean())
     used = {name: array for name, array in arrays.items() if weights[name] != 0}
     notes = [f"{name} has one image: its image variance is not covered" for name in used if used[name].shape[1] == 1]
-    image_variance = _or_zero(sum(weights[name] ** 2 * _image_variance(array) for name, array in used.items()))
+    apart = parts(used, weights, images)
+    image_variance = _or_zero(sum(weight**2 * _image_variance(array) for _, weight, array in apart))
     # of one image in N without any change, also between seeds alone: what a mean may be off by
     shares = {name: abs(weights[name]) / array.shape[1] for name, array in used.items()}
     still = [name for name, array in used.items() if array.min() == array.max()]
     if len(still) < len(used):
         still = [name for name in still if used[name].shape[1] > 1]  # of one image a note says it
-    per_image = max((shares[name] for name in still), default=0.0)
-    per_pair = max((shares[name] for name, array in used.items() if (array == array[0]).all()), default=0.0)
+    alike = [name for name, array in used.items() if (array == array[0]).all()]
+    per_image, per_pair = (
+        max((sum(shares[name] for name in group if name in them) for group, _, _ in apart), default=0.0)
+        for them in (still, alike)
+    )
     image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
     if num_seeds == 1:
         half, p_value = _half_and_p(mean, image_variance, image_dof, per_image)
@@ -135,7 +145,7 @@ def crossed(
     if num_seeds == 2:
         notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations on each side)")
     seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
-    residuals = (weights[name] ** 2 * _residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
+    residuals = (weight**2 * _residual_mean_square(x) / (num_seeds * x.shape[1]) for _, weight, x in apart)
     residual_variance = _or_zero(sum(residuals))
     sources = [(seed_variance, float(num_seeds - 1))]
     if seed_variance < residual_variance:
@@ -159,10 +169,11 @@ def _residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
 
 
 def residual_variance(spec: ObjectiveSpec, correct: ValuesBySet) -> float:
-    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
+    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images, over parts without common images."""
     weights = spec.weights(mean_accuracies(correct))
-    parts = [w**2 * _residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
-    return float(sum(parts))
+    used: dict[str, Any] = {name: correct[name] for name, weight in weights.items() if weight}
+    apart = parts(used, weights, spec.images)
+    return float(sum(weight**2 * _residual_mean_square(x) / x.shape[1] for _, weight, x in apart))
 
 
 def paired_differences(values_a: ValuesBySet, values_b: ValuesBySet) -> dict[str, FloatArray]:
@@ -179,7 +190,7 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
     """
     correct = {name: correct[name] for name in spec.sets}
     weights = spec.weights(mean_accuracies(correct))
-    interval = _within_unit(crossed(correct, weights, values_by_seed(spec, correct)))
+    interval = _within_unit(crossed(correct, weights, values_by_seed(spec, correct), spec.images))
     return replace(interval, notes=(*interval.notes, *worst_domain_notes(spec, correct)))
 
 
@@ -190,20 +201,26 @@ def values_by_seed(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
     return [spec.value({name: float(values[q]) for name, values in per_seed.items()}) for q in range(num_seeds)]
 
 
-def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
-    """Returns the interval of an accuracy, or of the mean over sets, correct [r, n] per set.
+def accuracy_interval(correct: ValuesBySet, images: ImagesBySet | None = None) -> Interval:
+    """Returns the interval of the mean accuracy of sets (one or more), correct [r, n] per set.
 
     With one seed, or without any variation, each set gets the interval of Wilson, also one whose images are all right;
     those of m sets are joined by the distances of their ends from the accuracies (MOVER, Zou and Donner 2008):
 
         m^-1 sqrt(sum_j (a_j - low_j)^2)  below the mean,    m^-1 sqrt(sum_j (high_j - a_j)^2)  above it
+
+    Sets that share ``images`` (as of ``crossed``) are joined by their correlation (``images.joined_width``).
     """
-    sets = {f"set {number}": array for number, array in enumerate(correct)}
-    interval = crossed(sets, dict.fromkeys(sets, 1 / len(sets)))
+    interval = crossed(correct, dict.fromkeys(correct, 1 / len(correct)), images=images)
     if interval.num_seeds > 1 and interval.standard_error > 0:
         return _within_unit(interval)
-    found = [(float(array[0].mean()), wilson(int(array[0].sum()), array.shape[1])) for array in correct]
-    below, above = (math.hypot(*(a - ends[side] for a, ends in found)) / len(found) for side in (0, 1))
+    arrays = {name: np.asarray(array, np.float64) for name, array in correct.items()}
+    accuracies = {name: float(array[0].mean()) for name, array in arrays.items()}
+    ends = {name: wilson(int(array[0].sum()), array.shape[1]) for name, array in arrays.items()}
+    below, above = (
+        joined_width({name: abs(a - ends[name][side]) for name, a in accuracies.items()}, arrays, images) / len(arrays)
+        for side in (0, 1)
+    )
     return _within_unit(replace(interval, ends=(interval.mean - below, interval.mean + above)))
 
 
@@ -296,7 +313,7 @@ def worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
     accuracies = mean_accuracies(correct)
     lowest = min(spec.ood_sets, key=lambda name: accuracies[name])
     pairs = [{name: correct[name], lowest: correct[lowest]} for name in spec.ood_sets if name != lowest]
-    gaps = [crossed(pair, {name: -1.0 if name == lowest else 1.0 for name in pair}) for pair in pairs]
+    gaps = [crossed(pair, {name: 1.0 - 2 * (name == lowest) for name in pair}, images=spec.images) for pair in pairs]
     if any(gap.mean <= gap.standard_error for gap in gaps):
         return ["worst_domain: approximate, another OOD set is within one standard error of the lowest"]
     return []
@@ -358,6 +375,7 @@ def _ends(low: float, high: float, form: str) -> str:
 
 def against_baseline(
     recipe: Recipe,
+    spec: ObjectiveSpec,
     best: TrialRow,
     baselines: Sequence[TrialRow],
     chosen: Mapping[str, Mapping[str, BoolArray]],
@@ -366,15 +384,16 @@ def against_baseline(
 
     Args:
         recipe: The study's recipe.
+        spec: Of ``results.stored.read_stored``, as ``chosen``.
         best: The best trial.
         baselines: Complete baselines.
-        chosen: Of ``results.stored.read_stored``, of all of them.
+        chosen: Correctness of all of them.
     """
     if not baselines:
         return None
     rival = max(baselines, key=lambda row: row.objective or 0.0)
     one, other = (chosen[row.name] for row in (best, rival))
-    difference = objective_difference(objective_spec(recipe), one, other)
+    difference = objective_difference(spec, one, other)
     sentence, of = headline(difference, rival.name, is_measured_again=False), ""
     if recipe.search.objective.kind == "pareto":
         weight = recipe.search.objective.id_weight
@@ -410,6 +429,6 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
         for name, w in weights.items()
     }
     pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
-    interval = crossed(differences, weights, [a - b for a, b in pairs])
+    interval = crossed(differences, weights, [a - b for a, b in pairs], spec.images)
     notes = dict.fromkeys([*worst_domain_notes(spec, correct_a), *worst_domain_notes(spec, correct_b)])
     return replace(interval, notes=(*interval.notes, *notes))

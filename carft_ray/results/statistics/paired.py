@@ -189,13 +189,13 @@ def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> dict[str, Any]:
-    sets = {each: intervals.accuracy_interval(correct[each]).data() for each in spec.sets}
-    ood = [correct[each] for each in spec.ood_sets]
+    sets = {each: intervals.accuracy_interval({each: correct[each]}).data() for each in spec.sets}
+    ood = {each: correct[each] for each in spec.ood_sets}
     return {
         "name": name,
         "objective": intervals.objective_interval(spec, correct).data(),
         "id_accuracy": sets[spec.id_set],
-        "ood_accuracy": intervals.accuracy_interval(*ood).data() if ood else None,
+        "ood_accuracy": intervals.accuracy_interval(ood, spec.images).data() if ood else None,
         "sets": sets,
     }
 
