@@ -147,20 +147,20 @@ class Bucket(Store):
         return None
 
     def put_over(self, name: str, data: bytes, tag: Tag | None) -> Tag:
-        """Writes an object by one request, over the version with this ETag only; None: only where there is none.
+        """Writes an object over the version with this ETag only; None: only where there is none.
 
         Returns:
             Its new ETag.
 
         Raises:
-            RefusedError: Another version is there.
+            RefusedError: Another version is there, perhaps from an earlier try of this call.
             UnknownError: As of ``put_new``.
             StorageError: It was not written.
         """
         check_name(name)
         mode: Any = "create" if tag is None else tag
         with self._errors(name, "must be writable", UnknownError):
-            return _tag(self._api.put(self._once, name, data, mode=mode, use_multipart=False))
+            return _tag(self._api.put(self._store, name, data, mode=mode, use_multipart=False))
 
     def upload(self, name: str, path: Path) -> None:
         """As ``put``, for a file of any size: the object is there whole or not at all."""

@@ -4,8 +4,9 @@ A file that is missing in the folder is removed in the bucket only if the search
 (``forget_files``), or newer checkpoints have replaced this one, as trainings do. All other files stay in the bucket: a
 cleaner or a user may have removed them from the folder, or it never had them.
 
-A driver that was asleep while another one took the study over must not change a file of it: before each file the log
-is read, and ``manifest.json`` is put over the version that this driver knows only, without blind repeats.
+A driver that was asleep while another one took the study over must not change a file of it. It may fall asleep at any
+request: before each file the log is read, and a file is put over only that version which was there before this reading.
+A file of more than ``PIECE_BYTES`` is uploaded in parts, which buckets do not bind to a version.
 
 The log and the files in the bucket are the study. A commit is created there first. Before one that says how a training
 ended, it is decided which of its files stay, and these are uploaded; checkpoints and the rest follow every
@@ -25,7 +26,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS, KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
-from carft_ray.store.bucket import Tag
+from carft_ray.store.bucket import PIECE_BYTES, Tag
 from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
@@ -34,7 +35,7 @@ from carft_ray.study.place import DRIVEN, address_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
 MEANWHILE_EVERY_S = 0.1
-MANIFEST_TRIES = 5
+PUT_TRIES = 5
 _Version = tuple[int, int]  # of a file: bytes, time in ns
 
 
@@ -54,7 +55,7 @@ class Driven(Copy):
         self._forgotten: set[str] = set()  # files and folders that the search has removed
         self._written: set[str] = set()  # names that this process may have written
         self._ended: set[str] = set()  # attempts that are complete
-        self._tag: Tag | None = None  # of the manifest as the bucket has it
+        self._tags: dict[str, Tag | None] = {}  # of files as this driver has put or seen them
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
@@ -63,7 +64,7 @@ class Driven(Copy):
         Weights and checkpoints that the folder lacks stay away; who needs them brings them.
         """
         self._remove([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
-        self._tag = self.tag(MANIFEST)
+        self._tags = {MANIFEST: self.tag(MANIFEST)}
         self._known = {name: (each.num_bytes, each.stamp_ns) for name, each in self.fetch(IMAGES).items()}
         self._by_training = None
 
@@ -168,18 +169,18 @@ class Driven(Copy):
             self.log.check(is_sure=True)
             self.delete([name])
 
-    def _put_manifest(self, data: bytes) -> None:
-        """Puts the manifest over the version that is known; the holder of the log also over any other one."""
-        for number in range(MANIFEST_TRIES):
+    def _put_over(self, name: str, data: bytes) -> None:
+        """Puts a file over the version that was there before the log was read; if that fails, reads both again."""
+        for number in range(PUT_TRIES):
             if number:
-                time.sleep(0.05 * 2**number)  # a server that is busy, as for the other files
-            self.log.check(is_sure=True)
+                time.sleep(0.05 * 2**number)  # a server that is busy
+                self.log.check(is_sure=True)  # after the tag was read: who takes over later changes it
             try:
-                self._tag = self.put_over(MANIFEST, data, self._tag)
+                self._tags[name] = self.put_over(name, data, self._tags.get(name))
                 return
             except (RefusedError, UnknownError) as error:  # also when the answer to an earlier try was lost
-                self._tag, problems = self.tag(MANIFEST), error.problems
-                if self.get(MANIFEST) == data:
+                self._tags[name], problems = self.tag(name), error.problems
+                if self.get(name) == data:
                     return
         raise StorageError(problems)
 
@@ -206,13 +207,15 @@ class Driven(Copy):
                 self._known[name] = there.num_bytes, there.stamp_ns
             if before == self._known.get(name):
                 return
+            if name in self._known and name not in self._tags:
+                self._tags[name] = self.tag(name)
             self.log.check(is_sure=True)
             self._known[name] = self._by_training = None
             self._written.add(name)
-            if name == MANIFEST:
-                self._put_manifest(files.read_whole(self.here.path, MANIFEST))
-            else:
+            if path.stat().st_size > PIECE_BYTES:
                 self.upload(name, path)
+            else:
+                self._put_over(name, files.read_whole(self.here.path, name))
             self._known[name], there = before, self.stat(name)
             if there is not None and (seen(path), path.stat().st_ino) == (before, inode):  # not changed since
                 os.utime(path, ns=(there.stamp_ns, there.stamp_ns))  # by which ``fetch`` knows it
