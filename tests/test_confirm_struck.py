@@ -1,7 +1,7 @@
 """A confirm in two stages, against another study, that is killed or meets a full disk around its writes.
 
-``carft-ray confirm --winner confirmed --against``, as users call it, with trainings of milliseconds (``verbs_host.py``):
-what was trained stays, nothing is trained twice, and the same command ends with the numbers of an undisturbed one.
+``carft-ray confirm --winner confirmed --against`` with trainings of milliseconds (``verbs_host.py``): what was trained
+stays, nothing is trained twice, and the same command ends with the numbers of an undisturbed one.
 """
 
 import json

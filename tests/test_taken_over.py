@@ -1,6 +1,6 @@
 """Two machines and one bucket: one falls asleep at any of its writes, the other takes the study over and ends it.
 
-When the first one wakes up, it has lost the study: nothing of it replaces or removes what is there, and it ends with one
+When the first one wakes up, it has lost the study: nothing of it replaces or removes what is there. It ends with one
 message.
 """
 

@@ -1,6 +1,6 @@
 """A sealed read that is killed, falls asleep or meets a full disk at any of its writes; an export on a full disk.
 
-The read continues with its line of the ledger, and its numbers are those of an undisturbed one; no second seal is spent.
+The read continues with its line of the ledger, and its numbers are those of an undisturbed one. One seal is spent.
 """
 
 import json

@@ -2,23 +2,22 @@
 
 Words before the command say what happens to it:
 
-    full N KIND    the disk is full from the N-th write below the working folder on; with KIND "once", for that one alone
+    full N KIND    the disk is full from the N-th write below the working folder on; KIND "once": for that one alone
 
-A training leaves what ``report_studies`` makes of its values and seed, and notes its name in a file ``trained`` above its
-study when it has ended. Every look of the driver is made at once, and into a bucket nothing goes on the side.
+A training leaves what ``report_studies`` makes of its values and seed. When it has ended, it notes its name in a file
+``trained`` of the working folder. Every look of the driver is made at once, and into a bucket nothing goes on the side.
 """
 
 import builtins
 import errno
 import io
 import os
-from pathlib import Path
 
 import crash_host
 import numpy as np
 import report_studies
-from stand_in import SANDBOX_SET
 
+from carft_ray import files
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.launch import driver, worker
@@ -27,28 +26,27 @@ from carft_ray.layout import PREDICTIONS, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.store.record import write_result
 from carft_ray.study import uploads
 
-RECIPE = f"""\
+RECIPE = """\
 format_version: 1
 name: fast
 data:
-  train: {{source: sandbox, domain: photo, num_per_class: 4, split: train}}
-  id_val: {{source: sandbox, domain: photo, num_per_class: 4, split: val}}
+  train: {source: sandbox, domain: photo, num_per_class: 4, split: train}
+  id_val: {source: sandbox, domain: photo, num_per_class: 4, split: val}
   ood_val:
-    noisy: {{source: sandbox, domain: noisy_photo, num_per_class: 4, split: val}}
-    blurry: {{source: sandbox, domain: blurry_photo, num_per_class: 4, split: val}}
-train: {{epochs: 2, batch_size: 16}}
+    noisy: {source: sandbox, domain: noisy_photo, num_per_class: 4, split: val}
+    blurry: {source: sandbox, domain: blurry_photo, num_per_class: 4, split: val}
+train: {epochs: 2, batch_size: 16}
 search:
   trials: 3
   space:
-    learning_rate: {{low: 1e-5, high: 1e-2, log: true}}
-    kl_weight: {{low: 0.1, high: 10, log: true}}
-  sampler: {{name: random}}
+    learning_rate: {low: 1e-5, high: 1e-2, log: true}
+    kl_weight: {low: 0.1, high: 10, log: true}
+  sampler: {name: random}
   keep_checkpoints: 1
-  baselines: {{plain: {{kl_weight: 0}}}}
-resources: {{executor: debug}}
+  baselines: {plain: {kl_weight: 0}}
+resources: {executor: debug}
 """
 ALPHAS = (0.0, 0.4, 0.8, 1.0)
-assert SANDBOX_SET["source"] == "sandbox"
 
 
 def import_everything():
@@ -58,7 +56,7 @@ def import_everything():
 
 def use_fast_trainings():
     """Has every command of this process train in milliseconds, for good."""
-    worker.RUNNER = Runner(prepare, train)
+    worker.RUNNER = RUNNER
     driver.POLL_EVERY_S, driver.POLL_SHARE = 0.0, 1.0
     uploads.UPLOAD_EVERY_S = 1000.0
 
@@ -83,12 +81,13 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     content = {"objective": best["objective"], "alpha": best["alpha"], "metrics": metrics, "curve": curve}
     content |= {"num_images": {"train": 64, **{name: report_studies.IMAGES[name] for name in what.sets}}}
     content |= {"elapsed_s": 0.1}
-    from carft_ray import files
-
     files.write_bytes(place / WEIGHTS, b"weights")
     write_result(place, content)
     note("trained", out_dir.name)
     return content
+
+
+RUNNER = Runner(prepare, train)
 
 
 def note(path, line):

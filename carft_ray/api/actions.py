@@ -237,7 +237,8 @@ def confirm(
         if number < least:
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
     view = study_view.read_study(own_folder(study))
-    if view.holder is not None:
+    is_of_bucket = in_bucket(study)  # a log in a folder tells by itself, after a wait, whether a silent holder is gone
+    if view.holder is not None and (is_of_bucket or view.log is None or view.log.is_held_here):
         step = f"Wait until it ends, or end it: carft-ray stop {shlex.quote(str(study))}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(path) for path in several(against)]

@@ -150,9 +150,9 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
         plan = Plan(recipe, study.study_dir, address, runner=runner, shared=shared)
         with computing(plan, study, _interrupted, say) as runtime:
             fill_nodes(runtime, say)  # not timed: the sets stay in the caches, and the search will not build them again
-            begins = time.time()
+            begins = time.monotonic()
             prepared, capacity = prepare(study, runtime, say), runtime.capacity
-            prepare_s = time.time() - begins
+            prepare_s = time.monotonic() - begins
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
             slots = max(1, min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines)))
@@ -164,7 +164,7 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
             runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)
             if run_trainings(study, runtime, lambda event: None):
                 raise _interrupted()
-            trained_s = time.time() - begins - prepare_s
+            trained_s = time.monotonic() - begins - prepare_s
         rows = study.rows("confirm")
         if failed := [row.reason for row in rows if row.outcome != "complete"]:
             step = "A full training would fail in the same way; run it with `carft-ray train` to see all of it."

@@ -78,7 +78,9 @@ class Log(BaseJournalBackend):
         self._spoiled_by: BaseException | None = None
         self.is_abandoned = False
         self._holder = _NOBODY  # who has claimed the log and not released it
-        self._last_of: list[tuple[int, float]] = []  # of each claim: its commit, and when its process wrote last
+        self._claims: list[int] = []  # numbers of the commits by which processes have claimed the log
+        # of each commit, and before the first: its time, and seconds up to it in which its process was not silent
+        self._times: list[tuple[float, float]] = [(0.0, 0.0)]
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
         self._unpacked: list[bytes] = []  # commits of the pack that is not full, where the store has packs
@@ -166,7 +168,7 @@ class Log(BaseJournalBackend):
     @property
     def claimed(self) -> int:
         """The number of the newest commit by which a process has claimed the log, as far as it was read; else 0."""
-        return next((number for number, record in reversed(self.records) if record.get("kind") == OWNER), 0)
+        return self._claims[-1] if self._claims else 0
 
     @property
     def holds_only_claims(self) -> bool:
@@ -178,9 +180,17 @@ class Log(BaseJournalBackend):
         """Returns the BLAKE2 of a commit; empty when there is none."""
         return digest_in(self.store.get(commit_name(number)) or b"")
 
-    def last_of(self, number: int) -> float:
-        """Returns when the process that has made a commit made its last one, in seconds since 1970; else 0."""
-        return next((when for claimed, when in reversed(self._last_of) if claimed <= number), 0.0)
+    def time_of(self, number: int) -> float:
+        """Returns when a commit was made, in seconds since 1970; else 0."""
+        return self._times[number][0] if number <= self.number else 0.0
+
+    def lasted(self, number: int) -> float:
+        """Returns for how many seconds the process that has made a commit went on to make others.
+
+        From one to the next it counts ``SILENT_FOR_S`` at most, and 0 at least: a clock may jump, a machine may sleep.
+        """
+        last = next((claim - 1 for claim in self._claims if claim > number), self.number)
+        return self._times[last][1] - self._times[min(number, last)][1]
 
     def check(self, is_sure: bool = False) -> None:
         """Raises a ``RefusedError`` when another search has taken the study over; writes nothing.
@@ -407,15 +417,16 @@ class Log(BaseJournalBackend):
 
     def _take(self, commit: Commit, data: bytes) -> None:
         self.number, self.digest, self.time = commit["number"], digest_in(data), commit["time"]
-        is_claim = any(record.get("kind") == OWNER for record in commit["records"])
-        claimed = self.number if is_claim or not self._last_of else self._last_of.pop()[0]
-        self._last_of.append((claimed, self.time))
+        before, lasted = self._times[-1]
+        self._times.append((self.time, lasted + min(max(self.time - before, 0.0), SILENT_FOR_S)))
         if self.store.has_packs:
             if self.number % PACKED == 1:
                 self._unpacked = []
             self._unpacked.append(data)
         for record in commit["records"]:
             self.records.append((self.number, record))
+            if record.get("kind") == OWNER:
+                self._claims.append(self.number)
             if record.get("kind") in (OWNER, RELEASED):
                 self._holder = (commit["owner"], record) if record["kind"] == OWNER else _NOBODY
         self.store.took(commit_name(self.number), data)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from carft_ray import files, untrusted
-from carft_ray.errors import CarftError, Problem, StorageError, UsageError
+from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import COMMITS, MANIFEST, STOP
 from carft_ray.store.commit import commit_name
 from carft_ray.store.folder import PROBE
@@ -152,7 +152,7 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         StorageError: Another process holds it, or it cannot be written; nothing is removed then. Or another process has
-            taken it over meanwhile, whatever else was raised for that.
+            taken it over meanwhile, whatever has failed for that.
     """
     path = Path(str(log)) / COMMITS
     in_folder = path.is_absolute()  # the address of a bucket is not
@@ -175,8 +175,8 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except CarftError:
-        if log.is_lost:  # this is the cause: what was half written is gone, what was read is not what is there
+    except (StorageError, HoldOutError):
+        if log.is_lost:  # this is the cause: what was half written is gone, and the ledger has more lines
             log.check()
         raise
     finally:

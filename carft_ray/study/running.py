@@ -81,4 +81,7 @@ def left_behind(log: Log) -> dict[tuple[str, int], tuple[float, float]]:
         StorageError: As ``begun``.
     """
     found = begun(log).items()
-    return {key: (max(0.0, log.last_of(number) - each["began"]), each["gpus"]) for key, (number, each) in found}
+    return {
+        key: (max(0.0, log.time_of(number) - each["began"]) + log.lasted(number), each["gpus"])
+        for key, (number, each) in found
+    }

@@ -137,7 +137,7 @@ def percent(accuracy: float | None, num_images: int | None = None) -> str:
 
 def duration(seconds: float) -> str:
     """Returns a time as minutes and seconds, ``3:07``, or with hours, ``2:03:07``."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)  # a clock may have gone back
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

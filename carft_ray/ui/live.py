@@ -78,13 +78,12 @@ class SearchView:
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space import num_trials
         from carft_ray.results.confirmation import read_plan
-        from carft_ray.results.reading.study_view import search_began
         from carft_ray.study.rows import ZERO_SHOT
 
         running = {(row.kind, row.name) for row in overview.rows if overview.state(row) == "running"}
         plan = read_plan(overview.study_dir) if any(kind == "confirm" for kind, _ in running) else None
         view = cls(overview.recipe.train.epochs, overview.rows, clock, "trial" if plan is None else "confirm")
-        view._began = search_began(overview.study_dir) or clock()
+        view._began = clock() - (overview.held_s or 0.0)
         for row in overview.rows:
             if (row.kind, row.name) in running:
                 lines = files.read_json_lines(overview.study_dir, f"{row.training}/{METRICS}")

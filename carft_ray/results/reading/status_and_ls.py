@@ -1,6 +1,5 @@
 """What `status` and `ls` report of a study, and the front of a Pareto search, as JSON documents and text."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,7 +11,7 @@ from carft_ray.launch.budget import BUDGET_STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import AnyPruner
 from carft_ray.recipe.space import num_trials
-from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in
+from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, studies_in
 from carft_ray.store.log import Log, log_of
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import front_of, front_rule, points_of
@@ -105,11 +104,11 @@ def ledger(study_dir: Path, log: Log | None) -> dict[str, Any]:
 
 def budget(overview: Overview) -> dict[str, Any]:
     """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
-    limits, folder = overview.recipe.budget, overview.study_dir
+    limits = overview.recipe.budget
     why = stopping(overview.log) if overview.holder is None and overview.log is not None else ""
     ended = why.removeprefix(BUDGET_STOP) if why.startswith(BUDGET_STOP) else ""
-    began = search_began(folder) if overview.holder is not None else None
-    used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
+    held_s = overview.held_s
+    used_s = None if held_s is None else round(held_s, 1)  # of the search that runs: each has the whole
     return {
         "wall_time_s": limits.wall_time,
         "wall_time_used_s": used_s,

@@ -10,12 +10,12 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError, nearest
-from carft_ray.layout import COMMITS, LOG, MANIFEST, METRICS, RESOLVED, STOP
+from carft_ray.layout import COMMITS, LOG, MANIFEST, METRICS, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.recipe.space import num_trials
 from carft_ray.store.copy import IMAGES, STATE
-from carft_ray.store.log import Log, log_of
+from carft_ray.store.log import SILENT_FOR_S, Log, log_of
 from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
 from carft_ray.study.recipe_identity import resume_command, study_recipe
@@ -61,6 +61,13 @@ class Overview:
     def best(self) -> TrialRow | None:
         """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
         return best_row(self.trials)
+
+    @property
+    def held_s(self) -> float | None:
+        """For how many seconds its holder has had it, whatever the clocks show; None without one."""
+        if self.holder is None or self.log is None:
+            return None
+        return self.log.lasted(self.log.claimed) + min(max(time.time() - self.log.time, 0.0), SILENT_FOR_S)
 
     @property
     def what(self) -> str:
@@ -258,14 +265,6 @@ def find_row(rows: Sequence[TrialRow], written: str, place: str = "TRIAL") -> Tr
     names = tuple(by_name)
     near = nearest(written, names) or nearest(written, [f"t{row.number:04d}" for row in rows if row.kind == "trial"])
     raise UsageError(Problem(place, "must be the number or name of a trial or baseline", repr(written), names, near))
-
-
-def search_began(study_dir: Path) -> float | None:
-    """Returns when the last search or confirm began, in seconds since 1970: each writes ``resolved.yaml`` first."""
-    try:
-        return (study_dir / RESOLVED).stat().st_mtime
-    except OSError:
-        return None
 
 
 def read_log(study_dir: Path, training: str) -> list[str] | None:
