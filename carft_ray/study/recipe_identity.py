@@ -160,13 +160,19 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     Raises:
         StorageError: It cannot be read, or is of another format.
     """
-    place = str(study_dir / MANIFEST)
-    manifest: dict[str, Any] = typed.checked(typed.Manifest, files.read_json(study_dir, MANIFEST), place)
-    if manifest["format_version"] != FORMAT_VERSION:
+    content, place = files.read_json(study_dir, MANIFEST), str(study_dir / MANIFEST)
+    require_format(content, place)  # other formats have other fields
+    manifest: dict[str, Any] = typed.checked(typed.Manifest, content, place)
+    return manifest
+
+
+def require_format(manifest: Any, place: str) -> None:
+    """Raises a ``StorageError`` if the manifest of a study, at a place, is one of another format than today's."""
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
         step = "Another release of carft-ray wrote this study. Read it with that release, or search in another folder."
         rule = f"must have format_version {FORMAT_VERSION}"
-        raise StorageError(Problem(place, rule, shown(manifest["format_version"]), next_step=step))
-    return manifest
+        raise StorageError(Problem(place, rule, shown(version), next_step=step))
 
 
 def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:

@@ -18,7 +18,7 @@ from carft_ray.store.copy import IMAGES, STATE
 from carft_ray.store.log import SILENT_FOR_S, Log, log_of
 from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
-from carft_ray.study.recipe_identity import resume_command, study_recipe
+from carft_ray.study.recipe_identity import require_format, resume_command, study_recipe
 from carft_ray.study.rows import ZERO_SHOT, all_rows, best_row, log_and_rows, readable
 from carft_ray.study.running import at_a_time, running_since
 from carft_ray.study.training import TrialRow, result_of
@@ -180,11 +180,13 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
 
     Raises:
         UsageError: It is no study; names the nearest one next to it, or those inside it.
-        StorageError: The bucket cannot be read.
+        StorageError: The bucket cannot be read, or another release has written the study.
     """
     folder = fetched(place, need)
     if is_study(folder):
         return folder.resolve()
+    if files.exists(folder / MANIFEST):
+        require_format(files.read_object(folder, MANIFEST), str(folder / MANIFEST))
     name, inside = named(folder), tuple(str(path) for path in studies_in(folder))
     near = nearest(str(folder), [str(path) for path in studies_in(folder.parent)])
     step = f"Begin one: carft-ray search RECIPE --study {name}"
