@@ -94,7 +94,7 @@ def test_a_read_whose_disk_fills_at_any_write_says_so_once_and_continues(host, c
         for number in range(1, count + 1)
         for kind in ("", "once")
     }
-    found, ends = host(dict(crash_host.share([*jobs.items()]))), Counter()
+    found, ends = host(dict(crash_host.share([*jobs.items()][::5]))), Counter()
     for name, (place, [full, last]) in found.items():
         ends[full["code"]] += 1
         assert full["code"] in (0, 5), (name, full["log"])
@@ -119,7 +119,7 @@ def test_an_export_whose_disk_fills_leaves_nothing_and_the_same_command_writes_i
         for number in range(1, count + 1)
         for kind in ("", "once")
     }
-    for name, (place, [full, last]) in host(dict(crash_host.share([*jobs.items()]))).items():
+    for name, (place, [full, last]) in host(dict(crash_host.share([*jobs.items()][::3]))).items():
         assert "Traceback" not in full["log"], (name, full["log"])
         assert full["code"] in (0, 5), (name, full["log"])
         assert full["log"].count("error: ") == (full["code"] == 5), (name, full["log"])
