@@ -89,7 +89,8 @@ def check(host, name, place, answer):
     assert told(study_dir) == told(host.calm / "study"), name
     assert half_written(study_dir) == [], name
     trained, names = Counter((place / "trained").read_text().split()), {row.name for row in confirmations(study_dir)}
-    assert {*trained.values()} == {1}, name
+    # what had ended, but was not in the bucket yet, another machine trains again
+    assert sum(trained.values()) - len(trained) <= (host.server is not None), name
     assert trained.keys() <= names, name
     assert len(names - trained.keys()) <= 1, name  # killed between its result and its note
     assert sum(row.attempt - 1 for row in confirmations(study_dir)) <= 1, name
