@@ -255,6 +255,17 @@ def test_floating_point_has_no_known_range():
     assert text.startswith("x: must be a readable image, but got grey values in floating point")
 
 
+@pytest.mark.parametrize("grey", [[0, 65535], [0, 65536], [0, 2**31 - 1], [-1, 7]])
+def test_grey_of_32_bits_has_its_pixels_up_to_16_bits_and_is_refused_beyond(grey):
+    content = encoded(np.array([grey], np.int32), "tiff")
+    if grey == [0, 65535]:
+        np.testing.assert_array_equal(decode_image(content, "x"), three([[0, 255]]))
+        return
+    low, high = grey
+    value = f"grey values from {low:,} to {high:,}, of unknown range: only those from 0 to 65,535 are read"
+    assert told(decode_image, content, "x").startswith(f"x: must be a readable image, but got {value}\n")
+
+
 @pytest.mark.parametrize("ending", ["tiff", "jpeg"])
 def test_inks_are_mixed(ending):
     inks = (40, 200, 10, 60)

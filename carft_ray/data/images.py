@@ -208,7 +208,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"grey values from {low:,} to {high:,}, of unknown range: only those from 0 to 65,535 are read"
+            )
+        grey = values.astype(np.uint32)
         grey += 128
         grey //= 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
