@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from carft_ray import errors as errors
 
 if TYPE_CHECKING:
-    from carft_ray.api.actions import confirm, evaluate, export, report, resume, search, train
+    from carft_ray.api.actions import confirm, evaluate, export, predict, report, resume, search, train
     from carft_ray.api.checks import load_recipe
     from carft_ray.api.studies import Study, open_study
 
@@ -24,6 +24,7 @@ __all__ = [
     "export",
     "load_recipe",
     "open_study",
+    "predict",
     "report",
     "resume",
     "search",

@@ -1,5 +1,5 @@
-"""The commands `search`, `resume`, `confirm`, `train`, `evaluate`, `export` and `report` as functions. The command line
-calls them: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
+"""The commands `search`, `resume`, `confirm`, `train`, `evaluate`, `export`, `predict` and `report` as functions. The
+command line calls them: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
 
     >>> import carft_ray
     >>> study = carft_ray.search("recipe.yaml", "studies/first", overrides={"search.trials": 2})
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carft_ray.api.answers import Answer, Report, Searched
+from carft_ray.api.answers import Answer, Predicted, Report, Searched
 from carft_ray.api.checks import (
     Overrides,
     RecipeLike,
@@ -33,6 +33,7 @@ from carft_ray.api.checks import (
     several,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
+from carft_ray.recipe.schema.data import MAX_PIXELS, PILLOWS_LIMIT
 from carft_ray.recipe.schema.recipe import BudgetConfig, Recipe, TrackingConfig, alone, with_keys
 from carft_ray.results.reading import study_view
 from carft_ray.store.log import log_of
@@ -44,6 +45,8 @@ from carft_ray.ui import console
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from carft_ray.launch.runtime import Runner
     from carft_ray.results.confirmation import Stage
     from carft_ray.results.export.export import Exported
@@ -454,6 +457,92 @@ def export(
     asked = parse_formats(several(formats))
     trained = open_trained(folder, trial, f"export {{}} --to {shlex.quote(str(to))}", trust_paths, with_sets=False)
     return export_model(trained, Path(to), alpha, asked)
+
+
+@as_command
+def predict(
+    export: str | Path,
+    images: str | Path | Sequence[str | Path],
+    to: str | Path | None = None,
+    *,
+    top: int = 1,
+    image: str | None = None,
+    id: str | None = None,
+    root: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_rows: Callable[["pa.Table"], None] | None = None,
+    progress: bool = True,
+    strict: bool = True,
+) -> Predicted:
+    """Classifies images with an export. They are opened and resized as in the evaluation of a training.
+
+    The answers have the columns ``file``, ``class`` and ``probability``, and ``top`` rows per image, the most probable
+    class first. An image that cannot be read is named in a warning and has no row.
+
+    Args:
+        export: Folder that ``export`` has written, in any format.
+        images: A folder with images at any depth, an image file, or a CSV, Parquet or Arrow table; or several of them.
+        to: File for the answers: ``.csv``, ``.parquet`` or ``.jsonl``. None: they are returned, in memory.
+        top: Number of classes per image.
+        image: Column of a table with the images: paths, or the bytes of files; None: same as in a recipe.
+        id: Column of a table with the names of the images; None: their paths, else file and row.
+        root: Folder that the paths in a table are relative to; None: the folder of the table.
+        max_pixels: A larger image counts as unreadable.
+        on_rows: Called with the answers of each batch, in place of ``to``; they are not returned then.
+        progress: Show progress.
+        strict: Raise at the end if an image could not be read. False: such images are in the result.
+
+    Returns:
+        Counts; ``rows`` has the answers if neither ``to`` nor ``on_rows`` is given.
+
+    Raises:
+        UsageError: ``export`` is no export, ``to`` cannot be written to, or ``top`` is none of its classes.
+        DataError: The export is damaged; there is no image; or an image could not be read.
+        StorageError: ``to`` cannot be written.
+    """
+    from contextlib import nullcontext
+
+    import pyarrow as pa
+
+    from carft_ray.data.unlabelled import find_images
+    from carft_ray.results.export import predict as prediction
+    from carft_ray.results.export.opened import open_export, read_head, require_export
+    from carft_ray.ui.progress import images_shown
+
+    given, folder = [Path(each) for each in several(images)], Path(export)
+    if not 1 <= max_pixels <= PILLOWS_LIMIT:
+        raise UsageError(Problem("--max-pixels", f"must be from 1 to {PILLOWS_LIMIT:,}", f"{max_pixels:,}"))
+    if to is not None:
+        prediction.check_target(Path(to), given)
+    form = require_export(folder)
+    head = read_head(folder)
+    if not 1 <= top <= len(head.class_names):
+        rule = f"must be from 1 to {len(head.class_names):,}, the number of classes"
+        raise UsageError(Problem("--top", rule, f"{top:,}"))
+    number, found = find_images(given, image, id, None if root is None else Path(root))
+    opened = open_export(folder, form, head)
+    kept: list[pa.Table] = []
+    rows = nullcontext(on_rows or kept.append) if to is None else prediction.writing_to(Path(to))
+    with rows as write, images_shown(progress, "images") as shown:
+        counts = prediction.predict(
+            opened, found(), top, max_pixels, write, lambda done: shown(done, number), lambda e: logger.warning("%s", e)
+        )
+    numbers = {
+        "export": str(folder),
+        "format": form,
+        "images": [str(each) for each in given],
+        "to": None if to is None else str(to),
+        "num_images": counts.num_images,
+        "classes": dict(counts.classes.most_common()),
+        "unreadable": [{"file": name, "reason": reason} for name, reason in counts.unreadable],
+    }
+    line = f"{counted(counts.num_images, 'image')} classified" + (f": {to}" if to else "")
+    lines = [line, f"{counted(len(counts.unreadable), 'image')} not readable"] if counts.unreadable else [line]
+    table = pa.concat_tables([prediction.SCHEMA.empty_table(), *kept]) if to is None and on_rows is None else None
+    answer = Predicted(folder.name, numbers, (), tuple(lines), table)
+    if strict:
+        answer.check()
+    return answer
 
 
 def report(study: str | Path) -> Report:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from carft_ray import files
 from carft_ray.api.studies import Study, rows_table
-from carft_ray.errors import CarftError, require_choice
+from carft_ray.errors import CarftError, DataError, Problem, require_choice
 from carft_ray.layout import PAGE
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.training import TrialRow
@@ -38,6 +38,27 @@ class Answer:
 
     def _repr_html_(self) -> str:
         return notebook.as_html(*self.tables, *self.lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Predicted(Answer):
+    """What ``predict`` has done.
+
+    Attributes:
+        rows: The answers (columns ``file``, ``class``, ``probability``), if they were not written to a file.
+    """
+
+    rows: pa.Table | None = field(default=None, compare=False)
+
+    def check(self) -> None:
+        """Raises a ``DataError`` if an image could not be read."""
+        numbers = self.numbers
+        unreadable = numbers["unreadable"]
+        if unreadable:
+            value = f"{len(unreadable):,} of {numbers['num_images'] + len(unreadable):,} that are not, such as"
+            step = f"The answers of the others are in {numbers['to']}." if numbers["to"] else ""
+            rule = "every image must be readable"
+            raise DataError(Problem(numbers["images"][0], rule, f"{value} {unreadable[0]['file']}", next_step=step))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,21 @@
-"""One training: fine-tuning, measuring it again, exporting it."""
+"""One training: fine-tuning, measuring it again, exporting it, classifying with the export."""
 
+import io
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from carft_ray.cli import common
 from carft_ray.cli.program import command
+from carft_ray.errors import Problem, UsageError
+from carft_ray.recipe.schema.data import MAX_PIXELS, PILLOWS_LIMIT
 from carft_ray.ui import console
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @command("train recipe.yaml --out runs/first", common.ONE_TRAINING, shared=common.RunOptions)
@@ -91,4 +98,73 @@ def export(
     console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each format was opened with its own library:")
     for name, difference in exported.formats.items():
         console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
-    console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")
+    predict = common.command_line("predict", to, "my_images", to="predictions.csv")
+    console.next_step(predict, f"cat {shlex.quote(str(to / 'README.md'))}")
+
+
+IMAGES = "Folder with images at any depth, image files, or a table: CSV, Parquet or Arrow."
+
+
+@command("predict exports/quickstart my_images --to predictions.csv", common.ONE_TRAINING)
+def predict(
+    export: Annotated[Path, Argument(metavar="EXPORT", help="Folder that `export` has written.", show_default=False)],
+    images: Annotated[list[Path], Argument(metavar="IMAGES...", help=IMAGES, show_default=False)],
+    to: Annotated[
+        Path | None, Option(metavar="FILE", help="Write to FILE: .csv, .parquet or .jsonl; default: print CSV.")
+    ] = None,
+    top: Annotated[int, Option(min=1, metavar="K", help="Rows per image: its K most probable classes.")] = 1,
+    image: Annotated[
+        str | None, Option(metavar="COLUMN", help="Column of a table with paths or bytes; default: as in a recipe.")
+    ] = None,
+    id_: Annotated[
+        str | None, Option("--id", metavar="COLUMN", help="Column with the names of the images; default: their paths.")
+    ] = None,
+    root: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder of the paths in a table; default: that of the table.")
+    ] = None,
+    max_pixels: Annotated[int, Option(min=1, max=PILLOWS_LIMIT, help="Largest size of an image.")] = MAX_PIXELS,
+    json_: common.JsonOption = False,
+) -> None:
+    """Classify images with an export: file, class and probability of each.
+
+    An image that cannot be read is named, and has no row; the exit code is then 4.
+    """
+    if json_ and to is None:
+        raise UsageError(Problem("--json", "needs --to: without it, the answers are printed"))
+    from carft_ray.api import actions
+
+    step = "Run the same command again."
+    with common.interrupted_as("stopped; nothing was written" if to else "stopped", step):
+        printed = None if to else _printer()
+        found = actions.predict(
+            export,
+            images,
+            to,
+            top=top,
+            image=image,
+            id=id_,
+            root=root,
+            max_pixels=max_pixels,
+            on_rows=printed,
+            progress=to is not None and not json_,
+            strict=False,
+        )
+    if not console.print_json(found.numbers, json_):
+        console.say("\n".join(found.lines))
+    found.check()
+
+
+def _printer() -> Callable[["pa.Table"], None]:
+    """Returns what prints answers as CSV, as they come."""
+    from carft_ray.results.export.predict import csv_writer
+
+    text = io.StringIO()
+    write = csv_writer(text)
+
+    def show(table: "pa.Table") -> None:
+        write(table)
+        console.show(text.getvalue().removesuffix("\n"))
+        text.seek(0)
+        text.truncate()
+
+    return show

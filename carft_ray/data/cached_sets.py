@@ -96,10 +96,7 @@ def image_set(source: Source, transform: Transform | None, transform_key: str, k
 
     def made(index: int) -> Made:
         pixels = source.pixels(index)
-        if transform is not None:
-            image = transform(Image.fromarray(pixels))
-            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        return pixels, True
+        return pixels if transform is None else transformed(pixels, transform), True
 
     def view(table: pa.Table) -> ImageSet:
         [batch] = table.to_batches()
@@ -110,6 +107,12 @@ def image_set(source: Source, transform: Transform | None, transform_key: str, k
         return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
     return _kept(source, DECODED, [transform_key, DECODERS], made, view, keeping)
+
+
+def transformed(pixels: PixelArray, transform: Transform) -> PixelArray:
+    """Returns what a transform, as of ``image_set``, makes of an image, uint8 [H, W, 3]."""
+    image = transform(Image.fromarray(pixels))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 class DecodedSource(DerivedSource):

@@ -6,7 +6,8 @@ The pixels are those of Pillow's ``convert("RGB")``, which open_clip's transform
   them depends on the file format: saved by Pillow as PNG and as lossless WebP, one smooth picture differs there by 134
   grey levels on average and nowhere else; as lossy WebP by 60 there and by 4 elsewhere (synthetic, 64 x 64 pixels,
   Pillow 13). Partly transparent pixels keep their colour, as ``convert`` leaves it;
-- grey of **16 bits**, which ``convert`` cuts off at 255: it is scaled;
+- grey of **16 bits**, which ``convert`` cuts off at 255: it is scaled. Grey in floating point, and grey of 32 bits
+  with a value that 16 bits do not hold, has no known range and is refused;
 - the **rotation** that a camera notes in the EXIF data, which is applied.
 
 CMYK is read by Adobe's convention (inverted in JPEG) and mixed as ``(255 - C)(255 - K) / 255``, as Pillow does without
@@ -47,7 +48,8 @@ NARROWEST = 1000  # times that a side may have the pixels of the other
 WHITE = (255, 255, 255)
 CIFAR_SIDE = 32  # pixels
 FRAME = 2  # pixels of ObjectNet's frame
-DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
+# part of the key of what keeps pixels; the number changes with the rules above
+DECODERS = f"rules 2, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"
 
 _one_large = threading.Lock()
 _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray import environment
+from carft_ray.errors import DataError, Problem
 
 PixelArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
@@ -129,6 +130,30 @@ class ImageSet:
     def __len__(self) -> int:
         """Returns N."""
         return len(self.images_NHWC)
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """One image without a label, which is not open yet.
+
+    Attributes:
+        name: What it is called in answers.
+        place: Its name for messages.
+        read: Returns the bytes of its file; any thread may call it. Raises ``DataError``: it cannot be read.
+    """
+
+    name: str
+    place: str
+    read: Callable[[], bytes]
+
+
+def refused(name: str, place: str, problem: Problem) -> Unlabelled:
+    """Returns an image that cannot be read, for a reason that is known before."""
+
+    def read() -> bytes:
+        raise DataError(problem)
+
+    return Unlabelled(name, place, read)
 
 
 def reading_threads() -> int:

@@ -95,10 +95,7 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     """
     model.eval().requires_grad_(False)
     preprocess = preprocess_config(model)
-    image_size = _image_size(preprocess)
-    stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
-    kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
-    to_input = Compose([step for step in stock.transforms if type(step).__name__ in kept])
+    image_size, to_input = input_of(preprocess)
     vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
     if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
         rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
@@ -115,6 +112,21 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
         weights_hash=state_hash(model.state_dict()),
     )
+
+
+def input_of(preprocess: dict[str, Any]) -> tuple[int, Callable[[Image.Image], Image.Image]]:
+    """Returns ``image_size`` and ``to_input`` of a ``Clip``.
+
+    Args:
+        preprocess: open_clip's ``preprocess_cfg``, with the size.
+
+    Raises:
+        DataError: The input is no square, or the preprocessing is none.
+    """
+    image_size = _image_size(preprocess)
+    stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
+    kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
+    return image_size, Compose([step for step in stock.transforms if type(step).__name__ in kept])
 
 
 def _image_size(preprocess: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from carft_ray.ui import console, notebook
 from carft_ray.ui.live import SearchView
 from carft_ray.untrusted import visible
+from carft_ray.words import time_left
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event
@@ -44,6 +45,21 @@ def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
     with bars if console.err.is_terminal else contextlib.nullcontext():
         yield begin
+
+
+@contextlib.contextmanager
+def images_shown(show: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a callback (done, in all): a bar with the time left on a terminal, lines of it elsewhere.
+
+    Args:
+        show: False: nothing is shown.
+        what: What is done.
+    """
+    if not show or not console.err.is_terminal:
+        yield time_left(console.sayer(show), what)
+        return
+    with counting() as begin:
+        yield begin(what)
 
 
 @contextlib.contextmanager

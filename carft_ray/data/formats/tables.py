@@ -9,7 +9,7 @@ import functools
 import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +27,9 @@ from carft_ray.data.formats.folder import (
     whole_numbers,
 )
 from carft_ray.data.formats.webdataset import find_files, folder_of
+from carft_ray.data.images import read_bytes
 from carft_ray.data.listing import Listing, and_more, image_table
-from carft_ray.data.source import image_digest
+from carft_ray.data.source import Unlabelled, image_digest, refused
 from carft_ray.data.table_rows import (
     ENDINGS,
     extension_in,
@@ -140,12 +141,61 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
     return Listing(kind, home, table, found, str(folder), columns.image, in_order=is_parquet)
 
 
+def unlabelled_rows(
+    spec: ColumnSet, files: Sequence[Path], place: str
+) -> tuple[int, Callable[[], Iterator[Unlabelled]]]:
+    """Returns the number of rows of files with equal columns, and what yields their images; a label is not needed.
+
+    An image is named by the column ``id``; without one by its path as the file has it, or by its file and row.
+
+    Args:
+        spec: The columns.
+        files: The files, in order; at least one.
+        place: Where the table is named, for the problems.
+
+    Raises:
+        DataError: Files or columns are not what they must be.
+    """
+    root = folder_of(spec.path) if spec.root is None else Path(spec.root)
+    columns = _columns(files, spec, place, is_labelled=False)
+    wanted = [*([columns.image] if columns.has_paths else []), *_id_column(spec)]
+    parts = [_read(lambda path: read_columns(path, wanted), file) if wanted else None for file in files]
+    numbers = [
+        len(_read(lambda path: open_rows(path, columns.image), file)) if part is None else len(part)
+        for file, part in zip(files, parts, strict=True)
+    ]
+
+    def images() -> Iterator[Unlabelled]:
+        for file, part, number in zip(files, parts, numbers, strict=True):
+            rows = None if columns.has_paths else _read(lambda path: open_rows(path, columns.image), file)
+            for row in range(number):
+                spot = f"{file}, row {row + 1}"
+                written = None if part is None else part.column(wanted[-1])[row].as_py()
+                name = spot if written is None else str(written)
+                if rows is not None:
+                    yield Unlabelled(name, spot, functools.partial(read_row, rows, row, spot))
+                else:
+                    yield _at_path(name, part.column(columns.image)[row].as_py(), root, spot)
+
+    return sum(numbers), images
+
+
+def _at_path(name: str, written: str | None, root: Path, spot: str) -> Unlabelled:
+    path = _below(written, root)
+    if path is not None:
+        place = os.path.join(root, path)
+        return Unlabelled(name, place, functools.partial(read_bytes, place))
+    step = "Give the folder that holds all images as root."
+    problem = Problem(spot, f"must have the path of a file inside {root}", repr(written), next_step=step)
+    return refused(name, spot, problem)
+
+
 def _id_column(spec: ColumnSet) -> list[str]:
     return [] if spec.id is None else [spec.id]
 
 
-def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
-    """Finds the columns of a set, and checks that all files have them alike.
+def _columns(files: Sequence[Path], spec: ColumnSet, place: str, is_labelled: bool = True) -> _Columns:
+    """Finds the columns of a set, and checks that all files have them alike; without labels none is looked for.
 
     Raises:
         DataError: A column is missing, of another type in another file, or of a type that cannot be.
@@ -156,9 +206,9 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
     images = [name for name in there if features.get(name, {}).get("_type") == "Image" or _kind(types[name]) == "bytes"]
     labels = [name for name in there if _class_label(features.get(name, {})) is not None]
     image, label = spec.image or _only("image", there, images), spec.label or _only("label", there, labels)  # or ""
-    names = _class_label(features.get(label, {}))
-    given = [("image", image), ("label", label), *(("id", name) for name in _id_column(spec))]
-    given += [("where", name) for name in spec.where]
+    names = _class_label(features.get(label, {})) if is_labelled else None
+    given = [("image", image), *([("label", label)] if is_labelled else [])]
+    given += [*(("id", name) for name in _id_column(spec)), *(("where", name) for name in spec.where)]
     for file, own in zip(files, schemas, strict=True):
         _check_schema(own, [name for _, name in given], f"{place}: {file}")
         problems, found = [], _types(own)
@@ -175,7 +225,8 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
             elif _kind(found[name]) != _kind(types[name]):
                 rule = f"all files of a table must have equal columns: {name} is {types[name]} in {first}"
                 problems.append(Problem(f"{place}: {file}", rule, str(found[name])))
-        if not problems and spec.class_names is None and _class_label(_features(own).get(label, {})) != names:
+        is_named = is_labelled and spec.class_names is None
+        if not problems and is_named and _class_label(_features(own).get(label, {})) != names:
             rule = f"all files of a table must name the classes of {label} alike, but {file.name} and {first} do not"
             problems.append(Problem(place, rule, next_step=NAMES_STEP))
         if problems:

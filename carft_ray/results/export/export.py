@@ -10,7 +10,8 @@ is inside the head. Before the folder takes its name, the library of each format
 (``results/export/verify.py``), and must give the logits of the model.
 
 The model card says what the export is, how well it does where, and how to use it. Its text is in ``model_card.md`` and,
-per format, in ``use_<format>.md``: templates of ``string.Template``. How images are resized is in ``resize.toml``.
+per format, in ``use_<format>.md``: templates of ``string.Template``. How images are opened and resized is in
+``images.toml``.
 """
 
 import importlib.util
@@ -36,6 +37,7 @@ from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.recipe import with_keys
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 from carft_ray.results.export.onnx import write_onnx
+from carft_ray.results.export.opened import CLASS_NAMES, PREPROCESS
 from carft_ray.results.export.verify import farthest_logit, question_of
 from carft_ray.results.reading.trained import HEAD_NAME, Trained, evaluate_trained
 from carft_ray.training.checkpoint import save_tensors
@@ -52,7 +54,7 @@ RECIPE_HEAD = (
     "# Paths of the machine that trained are left out. To repeat the training, put images and weights next to this\n"
     "# file under the names below, or give their paths with --set.\n"
 )
-_RESIZE = tomllib.loads(Path(__file__).with_name("resize.toml").read_text(encoding="utf-8"))
+_IMAGES = tomllib.loads(Path(__file__).with_name("images.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def export_model(
     head = {"class_head": classifier.class_head.detach().float()}
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
-    about = {"class_names": json.dumps(trained.inputs.class_names), "alpha": repr(alpha)}
+    about = {CLASS_NAMES: json.dumps(trained.inputs.class_names), "alpha": repr(alpha)}
+    about[PREPROCESS] = json.dumps(trained.inputs.clip.config["preprocess_cfg"])
     with new_folder(out_dir) as folder:
         save_tensors(folder / HEAD_NAME, head, about)
         recipe = portable_paths(trained.recipe)
@@ -205,16 +208,17 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
 
 
 def usage(name: str, clip: Clip, has_bias: bool) -> str:
-    """Returns how to use a format: a whole program, which prints the class of each image, and notes."""
+    """Returns how to use a format: a whole program, which prints class and probability of each image, and notes."""
     resampling = f"Image.Resampling.{clip.config['preprocess_cfg']['interpolation'].upper()}"
-    code = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["code"]
+    code = _IMAGES["resize"][clip.config["preprocess_cfg"]["resize_mode"]]["code"]
     resize = textwrap.indent(code.format(size=clip.image_size, resampling=resampling), "    ")
-    return _template(f"use_{name}").substitute(resize=resize, bias=' + head["class_bias"]' if has_bias else "")
+    bias = ' + head["class_bias"]' if has_bias else ""
+    return _template(f"use_{name}").substitute(opening=_IMAGES["opening"], resize=resize, bias=bias)
 
 
 def preprocessing(clip: Clip) -> str:
     """Returns the evaluation preprocessing of a model in words."""
-    shape = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["words"].format(size=clip.image_size)
+    shape = _IMAGES["resize"][clip.config["preprocess_cfg"]["resize_mode"]]["words"].format(size=clip.image_size)
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (clip.mean, clip.std))
     how = clip.config["preprocess_cfg"]["interpolation"]
     return f"RGB, {shape} ({how}), divided by 255, mean ({mean}), std ({std})"
