@@ -61,7 +61,7 @@ def num_right(export, images, library):
         code = code.replace(old, new)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
-    told = dict(line.rsplit(" ", 1) for line in printed.getvalue().splitlines())
+    told = {path: name for path, name, _ in (line.rsplit(" ", 2) for line in printed.getvalue().splitlines())}
     assert list(told) == paths
     return sum(Path(path).parent.name == name for path, name in told.items())
 

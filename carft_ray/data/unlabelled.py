@@ -40,7 +40,8 @@ def find_images(
     Raises:
         DataError: There is no image, or a table is not what it must be.
     """
-    found, problems = [], []
+    found: list[Found] = []
+    problems: list[Problem] = []
     for path in given:
         try:
             found.append(_found(path, {"image": image, "id": id, "root": None if root is None else str(root)}))

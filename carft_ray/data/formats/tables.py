@@ -174,7 +174,7 @@ def unlabelled_rows(
                 name = spot if written is None else str(written)
                 if rows is not None:
                     yield Unlabelled(name, spot, functools.partial(read_row, rows, row, spot))
-                else:
+                elif part is not None:
                     yield _at_path(name, part.column(columns.image)[row].as_py(), root, spot)
 
     return sum(numbers), images
