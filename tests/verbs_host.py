@@ -61,7 +61,7 @@ def use_fast_trainings():
     uploads.UPLOAD_EVERY_S = 1000.0
 
 
-def prepare(recipe, folder, say=None):
+def prepare(recipe, folder, say=None, made_of=None):
     what = objective_spec(recipe)
     table = report_studies.predictions(recipe.train, (0.0,), what.sets, np.random.default_rng(0))
     write_predictions(folder / ZERO_SHOT_TABLE, table)

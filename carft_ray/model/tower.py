@@ -122,7 +122,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def set_aside_half_built() -> list[Path]:
-    """Renames libraries in the cache of torch's compiler that a kill has left half written; another process builds them.
+    """Renames libraries in the cache of torch's compiler that a kill has left half written; a new process builds them.
 
     Returns:
         Where they were; those that cannot be renamed are none.
