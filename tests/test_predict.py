@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import short_training
+import torch
 from layouts_tables import encoded, mixed_modes, write_folder
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import carft_ray
 from carft_ray.data.listing import sample_id
@@ -183,3 +186,83 @@ def test_wrong_input_is_one_message(study, run, monkeypatch, words, expected, te
     code, out, err = run(*words)
     assert (code, out) == (expected, "")
     assert text in err
+
+
+DAMAGE = {
+    "names": lambda tensors, about: about.update(class_names=json.dumps(CLASSES[:3])),
+    "no names": lambda tensors, about: about.pop("class_names"),
+    "shape": lambda tensors, about: tensors.update(class_head=tensors["class_head"][:, :7].contiguous()),
+    "bias": lambda tensors, about: tensors.update(class_bias=tensors["class_bias"][:2].contiguous()),
+    "NaN": lambda tensors, about: tensors.update(class_head=tensors["class_head"] * torch.nan),
+}
+
+
+@pytest.mark.parametrize("form", ["open_clip", "onnx"])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_head_that_does_not_match_is_one_message(study, run, tmp_path, name, form):
+    export, image = only(study, form, tmp_path / "export"), study / "images" / "photo" / "star" / "0.png"
+    path = export / "class_head.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    DAMAGE[name](tensors, about)
+    save_file(tensors, path, about)
+    code, out, err = run(export, image)
+    if (name, form) == ("shape", "onnx"):  # whose head is inside the model
+        assert code == 0
+        return
+    assert (code, out) == (4, "")
+    assert err.startswith("error: ")
+    assert "internal error" not in err
+
+
+@pytest.mark.parametrize(
+    "name", ["open_clip_config.json", "open_clip_model.safetensors", "class_head.safetensors", "model.onnx"]
+)
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model_cfg": {"vision_cfg": 1}}', b"\x80\x04.", None])
+def test_a_damaged_file_of_an_export_is_one_message(study, run, tmp_path, name, content):
+    form = "onnx" if name == "model.onnx" else "open_clip"
+    export, image = only(study, form, tmp_path / "export"), study / "images" / "photo" / "star" / "0.png"
+    path = export / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    code, out, err = run(export, image)
+    assert (code, out) == (4, ""), err
+    assert err.startswith("error: ")
+
+
+def test_ctrl_c_leaves_no_file_and_the_input_is_not_overwritten(study, run, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(emoji(1, 1))
+    (tmp_path / "t.csv").write_text("image\na.png\n")
+    assert "must be another file than IMAGES" in run(study / "export", "t.csv", "--to", "t.csv")[2]
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carft_ray.results.export.predict.answers", stop)
+    code, _, err = run(study / "export", "t.csv", "--to", "x.csv")
+    assert (code, "stopped; nothing was written" in err) == (130, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "t.csv"]
+
+
+PEAK = """
+import resource, sys
+import carft_ray
+
+carft_ray.predict(*sys.argv[1:4], progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.whole
+def test_memory_does_not_grow_with_the_number_of_images(study, tmp_path):
+    peaks = []
+    for number in (1_000, 10_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for index in range(number):
+            (folder / f"{index}.png").symlink_to(study / "images/photo_val/star" / f"{index % 80}.png")
+        words = [study / "export", folder, tmp_path / f"{number}.parquet"]
+        done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+        assert pq.read_metadata(words[2]).num_rows == number
+    assert peaks[1] <= 1.2 * peaks[0]

@@ -26,7 +26,7 @@ from carft_ray.data.cached_sets import transformed
 from carft_ray.data.images import decode_image
 from carft_ray.data.source import PixelArray, Unlabelled, in_order
 from carft_ray.errors import DataError, Problem, UsageError
-from carft_ray.files import new_file
+from carft_ray.files import fsync_file, new_file
 from carft_ray.results.export.opened import Opened
 from carft_ray.training.evaluate import usual_batch
 from carft_ray.training.out_of_memory import in_batches
@@ -188,10 +188,9 @@ def writing_to(to: Path) -> Iterator[Write]:
                 if waiting:
                     writer.write_table(pa.concat_tables(waiting))
         else:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
                 yield csv_writer(file) if to.suffix.lower() == ".csv" else _json_writer(file)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        fsync_file(temporary)
 
 
 def csv_writer(file: Any) -> Write:
