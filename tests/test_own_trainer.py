@@ -369,6 +369,7 @@ WITHOUT_TRUST = {
     "plan": ["recipe.yaml", *STRANGE],
     "evaluate": ["TRAINING"],
     "export": ["study", "--to", "sent"],
+    "predict": ["sent", "images", "--to", "answers.csv"],
     "compare": ["study", "study:zero_shot"],
 }
 # they read the images and the machine of who asks; the dashboard serves the journal, copies copy: none opens a recipe
