@@ -100,7 +100,28 @@ def overwrite_weights(here):
     return lambda: path.write_bytes(before), "model: the weights must be as in the study, ", "Restore the weights"
 
 
-CHANGES = [rename_class, overwrite_weights]
+def edit_configuration(part, **values):
+    def edit(here):
+        path = here / "model" / "open_clip_config.json"
+        before, content = path.read_text(), json.loads(path.read_text())
+        content[part].update(values)
+        path.write_text(json.dumps(content))
+        return (
+            lambda: path.write_text(before),
+            "must be as in the study, ",
+            "Restore the configuration beside the weights",
+        )
+
+    return edit
+
+
+CHANGES = [
+    rename_class,
+    overwrite_weights,
+    edit_configuration("model_cfg", quick_gelu=True),
+    edit_configuration("preprocess_cfg", mean=[0.1, 0.2, 0.3]),
+    edit_configuration("preprocess_cfg", interpolation="bilinear"),
+]
 
 
 @pytest.mark.parametrize("changed", CHANGES)
@@ -274,7 +295,7 @@ def test_a_study_that_has_noted_less_is_compared_on_that_and_says_so(here, asked
     code, _, err = asked("test", "study")
     assert code == 0, err
     assert "not compared with the beginning of the search, which has not noted it: cartoon, id_test, painting" in err
-    assert "The study has not noted its prompts.templates: not compared" in err
+    assert "The study has not noted the templates: not compared" in err
     change(here / "study", "provenance", lambda provenance: provenance.pop("data", None))
     code, _, err = asked("evaluate", "study")
     assert code == 0, err

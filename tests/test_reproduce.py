@@ -360,7 +360,8 @@ def test_after_the_preparation_the_log_says_data_and_model(original, here, name)
     assert found["data"] == expected
     assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
     assert found["templates"] == list(recipe.prompts.templates)
-    assert found["model"] == {"weights_hash": load_shared_inputs(recipe).clip.weights_hash}
+    assert found["model"].keys() == {"weights_hash", "config_hash"}
+    assert found["model"]["weights_hash"] == load_shared_inputs(recipe).clip.weights_hash
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
     assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores(), "compile": False}
     assert found["hardware"]["gpus"] == []

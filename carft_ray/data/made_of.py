@@ -1,4 +1,4 @@
-"""What a study was made of, compared with what a command has loaded: images, classes, prompts, weights, views.
+"""What a study was made of, compared with what a command has loaded: images, classes, prompts, model, views.
 
 The log keeps it (``study.provenance``). Whatever loads something of a study compares first, and writes nothing if it
 differs: numbers of other weights, classes or images would look like numbers of the study.
@@ -17,12 +17,18 @@ from carft_ray.recipe.written import shown
 
 NUM_NAMED = 3  # classes or images in a message
 _UNKNOWN: tuple[Any, ...] = (None, [])  # a part that a study has not noted
+_CONFIG = "Restore the configuration beside the weights"
 # place, what it is, its keys in the provenance, next step
 _PARTS = (
     ("data.classes", "the classes", ("classes",), "Restore their names and order"),
     ("prompts.class_names", "the names of the classes in prompts", ("class_names",), "Restore them"),
     ("prompts.templates", "the templates", ("templates",), "Restore them, such as by the release of the study"),
     ("model", "the weights", ("model", "weights_hash"), "Restore the weights"),
+    ("model", "the architecture", ("model", "config_hash"), _CONFIG),
+    ("model", "the size of images", ("augmentation", "image_size"), _CONFIG),
+    ("model", "the resizing of images", ("augmentation", "evaluation"), _CONFIG),
+    ("model", "the mean of pixels", ("augmentation", "mean"), _CONFIG),
+    ("model", "the deviation of pixels", ("augmentation", "std"), _CONFIG),
     ("train.compile", "the meaning of auto", ("preparation", "compile"), "Restore the study's folder prepared"),
     (
         "code",
@@ -71,10 +77,10 @@ def require_same(
     """
     if problems := differences_of(kept, found, changed_images):
         raise DataError(problems)
-    unknown = [place for place, _, keys, _ in _PARTS if _at(kept, keys) in _UNKNOWN and _at(found, keys)]
+    unknown = [what for _, what, keys, _ in _PARTS if _at(kept, keys) in _UNKNOWN and _at(found, keys)]
     unknown += [_place(name) for name in found.get("data", {}) if name not in kept.get("data", {})]
     if kept and unknown:
-        _log.warning("The study has not noted its %s: not compared", ", ".join(unknown))
+        _log.warning("The study has not noted %s: not compared", ", ".join(unknown))
 
 
 def differences_of(

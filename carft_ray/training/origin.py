@@ -4,6 +4,7 @@
 training to its ``result.json``. Test sets are never opened.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,33 +18,30 @@ from carft_ray.data.records import records
 from carft_ray.data.sets import open_sets
 from carft_ray.data.source import image_digest, image_digests
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
-from carft_ray.model.clip import Clip
 from carft_ray.model.device import device_name
+from carft_ray.recipe.schema.model import LOCAL_DIR
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.training.shared_inputs import SharedInputs
+from carft_ray.training.shared_inputs import SharedInputs, Start
 
 
 def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data: ``start_of``, and
 
-    ``data`` (per set ``digest`` and ``num_images``), ``augmentation``, and ``preparation`` (``device``, ``threads``,
-    ``compile``: what ``auto`` means).
+    ``data`` (per set ``digest`` and ``num_images``), the views in ``augmentation``, and ``preparation`` (``device``,
+    ``threads``, ``compile``: what ``auto`` means).
 
     Raises:
         DataError: An image cannot be read.
     """
-    clip = inputs.clip
+    start = start_of(recipe, inputs, inputs.train.class_names)
     return {
         "data": set_contents(recipe, inputs),
-        **start_of(clip, inputs.train.class_names, inputs.class_names, inputs.templates),
+        **start,
         "augmentation": {
             "view_version": VIEW_VERSION,
             "crop_scale": [recipe.train.crop_scale, 1.0],
             "interpolation": INTERPOLATION,
-            "image_size": clip.image_size,
-            "mean": list(clip.mean),
-            "std": list(clip.std),
-            "evaluation": clip.input_key,
+            **start["augmentation"],
         },
         "preparation": {
             "device": device_name(device),
@@ -53,12 +51,36 @@ def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is
     }
 
 
-def start_of(
-    clip: Clip, classes: Sequence[str], class_names: Sequence[str], templates: Sequence[str]
-) -> dict[str, Any]:
-    """Returns ``classes``, ``class_names``, ``templates`` and ``model`` (``weights_hash``) of a provenance."""
-    words = {"classes": classes, "class_names": class_names, "templates": templates}
-    return {name: list(each) for name, each in words.items()} | {"model": {"weights_hash": clip.weights_hash}}
+def start_of(recipe: Recipe, start: Start, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns what of a provenance needs no image: ``classes``, ``class_names``, ``templates``, model and its input.
+
+    ``model`` has ``weights_hash``, and of a model folder of the user's ``config_hash``: its architecture.
+    ``augmentation`` has what the model says of its input: ``image_size``, ``mean``, ``std``, ``evaluation``.
+
+    Args:
+        recipe: The recipe.
+        start: Model and prompts.
+        classes: Class folders in label order.
+    """
+    clip = start.clip
+    model = {"weights_hash": clip.weights_hash}
+    if recipe.model.name.startswith(LOCAL_DIR):  # the architecture of others is that of open_clip's release
+        whole = clip.config["model_cfg"]
+        text = {key: value for key, value in whole["text_cfg"].items() if "tokenizer" not in key}  # they name places
+        config = json.dumps({**whole, "text_cfg": text}, sort_keys=True, default=str)
+        model["config_hash"] = image_digest(config.encode()).hex()[:16]
+    return {
+        "classes": list(classes),
+        "class_names": list(start.class_names),
+        "templates": list(start.templates),
+        "model": model,
+        "augmentation": {
+            "image_size": clip.image_size,
+            "mean": list(clip.mean),
+            "std": list(clip.std),
+            "evaluation": clip.input_key,
+        },
+    }
 
 
 def set_contents(

@@ -177,7 +177,7 @@ def run_training(
     set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     if opened is None:
-        _require_prepared(inputs, prepared_dir)
+        _require_prepared(recipe, inputs, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
     mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
@@ -205,10 +205,10 @@ def run_training(
     return result
 
 
-def _require_prepared(inputs: SharedInputs, prepared_dir: Path) -> None:
-    """Raises a ``MachineError`` if this machine has loaded other weights, classes or prompts than were prepared."""
+def _require_prepared(recipe: Recipe, inputs: SharedInputs, prepared_dir: Path) -> None:
+    """Raises a ``MachineError`` if this machine has loaded another model, classes or prompts than were prepared."""
     kept = (files.read_object(prepared_dir, layout.PREPARATION) or {}).get("provenance", {})
-    found = start_of(inputs.clip, inputs.train.class_names, inputs.class_names, inputs.templates)
+    found = start_of(recipe, inputs, inputs.train.class_names)
     if problems := differences_of(kept, found):
         raise MachineError(problems)
 

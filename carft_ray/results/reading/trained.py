@@ -146,7 +146,7 @@ def start_of_study(recipe: Recipe, kept: Mapping[str, Any]) -> Start:
         classes, names = tuple(kept["classes"]), tuple(kept["class_names"])
         _log.warning("The classes are those that the study has noted: %s", str(error.problems[0]).splitlines()[0])
     start = Start(load_clip(recipe.model), names, templates(recipe.prompts))
-    _require_same(kept, start_of(start.clip, classes, names, start.templates))
+    _require_same(kept, start_of(recipe, start, classes))
     return start
 
 
@@ -173,7 +173,7 @@ def sets_of_study(study_dir: Path, recipe: Recipe, kept: Mapping[str, Any]) -> S
             return []
         return changed_images(study_dir / PREPARED, name, images, records(images, cache_dir(recipe)).hashes())
 
-    found = start_of(inputs.clip, inputs.train.class_names, inputs.class_names, inputs.templates)
+    found = start_of(recipe, inputs, inputs.train.class_names)
     found["data"] = set_contents(recipe, inputs, lambda name: name != TRAIN)
     _require_same(kept, found, changed)
     return inputs
