@@ -208,6 +208,19 @@ def test_a_container_that_changes_in_use_is_told(base, kind):
         assert "must not change while a command uses it" in told(source.content, 0)
 
 
+@pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
+def test_a_node_reads_its_own_copy_of_a_container_if_the_dates_are_those_of_the_driver(base, kind):
+    spec = write_set(kind, base, pictures(8))
+    recipe = recipe_of({"train": {**spec, "part": [0.5, 1]}, "id_val": {**spec, "part": [0, 0.5]}})
+    write_sets(recipe, base / "prepared")
+    listed, before = open_sets(recipe, base / "prepared")["train"], open_sets(recipe)["train"].identity
+    for path in [path for path in (base / "set").rglob("*") if path.suffix in (".parquet", ".tar")]:
+        shutil.copy2(path, base / "copy")  # another inode, and so another ctime
+        os.replace(base / "copy", path)
+    assert len(listed.content(0)) > 0
+    assert listed.identity == before != open_sets(recipe)["train"].identity  # the next command reads it anew
+
+
 # ---- labels, columns, rows, paths
 
 
