@@ -461,8 +461,8 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     whole_s, before = time.monotonic() - began, {}
     for number in range(num_kills):
         process = confirm(killed, top)
-        if number % 2 and len(before) < 2 * (top + 1):  # while one trains
-            wait_until(lambda: running_pids(killed) or ended(process), "a training runs")  # noqa: B023  # at once
+        if number % 2 and len(before) < 2 * (top + 1):  # while one trains; the last ones may end between two looks
+            wait_until(lambda: running_pids(killed) or process.poll() is not None, "a training runs")  # noqa: B023
         else:
             time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
         kill_group(process)
