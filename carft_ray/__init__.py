@@ -1,6 +1,6 @@
 """carft-ray: Ray-distributed hyperparameter search for CAR-FT (context-aware robust fine-tuning of CLIP).
 
-``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.api.actions``;
+``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.api.actions`` and ``trained``;
 ``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. To import the package loads
 nothing heavy.
 """
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from carft_ray import errors as errors
 
 if TYPE_CHECKING:
-    from carft_ray.api.actions import confirm, evaluate, export, predict, report, resume, search, train
+    from carft_ray.api.actions import confirm, report, resume, search, train
     from carft_ray.api.checks import load_recipe
     from carft_ray.api.studies import Study, open_study
+    from carft_ray.api.trained import evaluate, export, predict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +31,8 @@ __all__ = [
     "search",
     "train",
 ]
-_MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks"}  # all others: actions
+_MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks"}
+_MODULES |= dict.fromkeys(("evaluate", "export", "predict"), "trained")  # all others: actions
 
 
 def __getattr__(name: str) -> Any:

@@ -217,7 +217,7 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.sets"
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
-    "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
+    "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.api.trained carft_ray.results.compare"
     " carft_ray.results.report carft_ray.results.reading.study_view"
     " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics carft_ray.evaluation.alpha"
     " carft_ray.launch.stop",

@@ -62,10 +62,10 @@ def evaluate(
     json_: common.JsonOption = False,
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
-    from carft_ray.api import actions
+    from carft_ray.api import trained
     from carft_ray.results.adviser import export_folder
 
-    found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head, trust_paths=trust_paths)
+    found = trained.evaluate(folder, alpha=alpha, trial=trial, head=head, trust_paths=trust_paths)
     if console.print_json(found.numbers, json_):
         return
     console.show(found.tables[0])
@@ -90,9 +90,9 @@ def export(
     json_: common.JsonOption = False,
 ) -> None:
     """Write the mixed model for open_clip, transformers or onnxruntime. The library then loads it, as a check."""
-    from carft_ray.api import actions
+    from carft_ray.api import trained
 
-    exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
+    exported = trained.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
     console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each format was opened with its own library:")
@@ -131,12 +131,12 @@ def predict(
     """
     if json_ and to is None:
         raise UsageError(Problem("--json", "needs --to: without it, the answers are printed"))
-    from carft_ray.api import actions
+    from carft_ray.api import trained
 
     step = "Run the same command again."
     with common.interrupted_as("stopped; nothing was written" if to else "stopped", step):
         printed = None if to else _printer()
-        found = actions.predict(
+        found = trained.predict(
             export,
             images,
             to,
