@@ -61,6 +61,8 @@ def study(tmp_path_factory):
                 content = emoji(label, number + 1000 * (count == 80))
                 (folder / "images" / domain / name / f"{number}.png").write_bytes(content)
     write_folder(folder / "images" / "photo_val", mixed_modes(CLASSES))
+    damaged = folder / "images" / "photo_val" / "star" / "damaged_exif.jpg"
+    Image.new("RGB", (24, 20), (200, 55, 128)).save(damaged, exif=b"garbage!")
     overrides = ["train.head_bias=true", "train.alpha=0.7", "train.precision=fp32", "train.epochs=2"]
     train_once(Plan(load_recipe(path, [*overrides, "data.cache_dir=cache", "data.shared_images=keep"]), folder / "run"))
     export_model(open_trained(folder / "run"), folder / "export", None, FORMATS)
@@ -110,7 +112,7 @@ def test_predict_the_card_and_the_study_give_the_same_answers(study, form, tmp_p
     table = pq.read_table(stored).to_pylist()
     kept = {ids[row["sample_id"]]: row for row in table if row["set"] == "id_val" and row["alpha"] == 0.7}
     assert kept.keys() == own.keys()
-    assert len(own) == 400 + 7 * len(CLASSES)
+    assert len(own) == 400 + 7 * len(CLASSES) + 1
     for path, (first, second) in own.items():
         name, probability = stated[path]
         assert abs(probability - first["probability"]) < CLOSE, path
