@@ -106,7 +106,7 @@ def prepare_or_die(recipe, prepared_dir, say, made_of):
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare_for_ever(recipe, folder, say, made_of):
+def prepare_for_ever(recipe, folder, say, made_of=None):
     """Asks for a stop of the search, and continues; leaves the number of its process beside the study."""
     (folder.parent.parent / "pid").write_text(str(os.getpid()))
     (folder.parent / STOP).touch()
