@@ -227,9 +227,10 @@ def _require_noted(
     """
     problems = []
     for name in _changed(noted, digests):
-        rule, key = "its images must be those with which the search began", ledger.DIGESTS
-        if noted[key].get(name) == digests[key][name]:
-            rule, key = "its images must have the classes that they had when the search began", ledger.WITH_CLASSES
+        key = next(key for key, now in digests.items() if noted[key].get(name, now[name]) != now[name])
+        rule = "its images must be those with which the search began"
+        if key == ledger.WITH_CLASSES:
+            rule = "its images must have the classes that they had when the search began"
         hashes = [each[key][name][:12] for each in (noted, digests)]
         place = f"data.{name}" if name == test_summary.ID_TEST else f"data.ood_test.{name}"
         problems.append(Problem(place, f"{rule}, digest {hashes[0]}", f"digest {hashes[1]} now"))

@@ -108,12 +108,15 @@ def prepare(
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         content = files.read_object(folder, layout.PREPARATION) or {}
-    if content.get("key") != key:
-        clip, device = inputs.clip, device_of(recipe)
-        # decided once for a study
-        compiled = content["compile"] if "compile" in content else compiles(recipe.train, len(inputs.train), device)
+    is_kept, clip, device = content.get("key") == key, inputs.clip, device_of(recipe)
+    # decided once for a study
+    compiled = content["compile"] if "compile" in content else compiles(recipe.train, len(inputs.train), device)
+    if is_kept:
+        origin = content["provenance"]
+    else:
         origin = shared_origin(recipe, inputs, device, compiled) if opened is None else {}
-        require_same(made_of, origin)
+    require_same(made_of, origin)
+    if not is_kept:
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
         with files.new_file(folder / layout.HEADS) as temporary:
             save_tensors(temporary, heads)
@@ -134,8 +137,7 @@ def prepare(
             "provenance": origin,
         }
         files.write_json(folder / layout.PREPARATION, content)
-    require_same(made_of, content["provenance"])
-    provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
+    provenance = {**origin, "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics", "compile")}
     return {**content["metrics"], **others, "provenance": provenance}
 
