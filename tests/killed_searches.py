@@ -358,7 +358,7 @@ def kill_in_cuts(executor, study_dir, num_trials, times):
             os.kill(pid, signal.SIGKILL)
     finished(process)
     rows = whole_trials(study_dir, num_trials)
-    assert {row.outcome for row in rows} == {"complete", "pruned"}, rows  # a result wins over a cut
+    assert {row.outcome for row in rows} <= {"complete", "pruned"}, rows  # a result wins over a cut, maybe over each
 
 
 def decided_cuts(study_dir):
