@@ -45,10 +45,10 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_pre
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import DEFAULT_GRID
+from carft_ray.results.evidence import in_points
 from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
-    headline,
     objective_difference,
     paired_differences,
 )
@@ -252,7 +252,8 @@ def show(
         shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "seed")
         print(f"Tuned {name}, best of {NUM_PLAIN} trainings by validation: {shown}")
     difference = intervals["tuned CAR-FT - tuned plain, objective"]
-    print(f"CAR-FT with alpha, objective on the test sets: {headline(difference, 'plain fine-tuning with alpha')}")
+    gap = in_points(difference.mean, difference.ends, signed=True)
+    print(f"CAR-FT with alpha minus plain fine-tuning with alpha, objective on the test sets: {gap} points")
 
 
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:

@@ -103,13 +103,16 @@ def run(
         "luck": luck(searched, confirmed, names[0]),
         "equal ID": equal,
     }
-    shown = [*(line for lines in tables.values() for line in (*lines, "")), f"{names[0]}, {summary['headline']}"]
+    shown = [*(line for lines in tables.values() for line in (*lines, "")), str(summary["headline"])]
     files.write_text(out / "methods.md", "\n".join(shown) + "\n")
     about = {"recipe": recipe_hash(recipe), "settings": list(settings), "cpu": environment.cpu_model()}
     about |= _cost(studies.values())
     numbers = {name: summary[name] for name in ("headline", "seeds")} | {"optimism": confirmed["optimism"]}
     numbers |= {"rows": [_numbers(row) for row in summary["rows"]], "fronts": fronts, "levels": levels}
-    numbers |= {"differences": [_numbers(each) for each in summary["baselines"]], "tables": tables}
+    numbers |= {
+        "differences": [_numbers(each) for each in (*summary["baselines"], *summary["others"])],
+        "tables": tables,
+    }
     files.write_json(out / "methods.json", {**about, **numbers})
     print("\n".join(shown))
     below = f"test sets; 95 % intervals over seeds and images, {len(summary['seeds'])} fresh seeds"
@@ -148,15 +151,15 @@ def markdown(summary: Mapping[str, Any], confirmed: Mapping[str, Any], first: st
         confirmed: That of ``confirm/summary.json``.
         first: The method of the winner.
     """
-    differences = {each["other"]: each for each in summary["baselines"]}
+    differences = {each["other"]: each for each in (*summary["baselines"], *summary["others"])}
     trainings = {row["name"]: row["chosen_from"] for row in confirmed["rows"]}
-    titles = ["", "best of", "alpha", *COLUMNS.values(), f"{first} minus this", "p"]
+    titles = ["", "best of", "alpha", *COLUMNS.values(), f"{first} minus this"]
     rows = []
     for row in summary["rows"]:
         cells = [_name(row, first), trainings.get(row["name"]) or "", f"{row['alpha']:.2f}"]
         cells += [cell(row[name]) for name in COLUMNS]
         other = differences.get(row["name"])
-        cells += [cell(other["objective"], signed=True), f"{other['p']:.2g}"] if other else ["", ""]
+        cells.append(cell(other["objective"], signed=True) if other else "")
         rows.append(cells)
     return table(titles, rows)
 
@@ -230,7 +233,7 @@ def _cost(studies: Iterable[Path]) -> dict[str, Any]:
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns of a row, or of a difference, what the tables and figures show."""
     values = {name: {key: row[name][key] for key in ("mean", "ends")} for name in COLUMNS if row.get(name)}
-    return {name: row[name] for name in ("name", "other", "role", "alpha", "p") if name in row} | values
+    return {name: row[name] for name in ("name", "other", "role", "alpha") if name in row} | values
 
 
 def cell(found: Mapping[str, Any] | None, signed: bool = False) -> str:

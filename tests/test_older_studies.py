@@ -55,7 +55,7 @@ def numbers(study_dir):
     rows = [*trials(study_dir), *baselines(study_dir), *confirmations(study_dir)]
     read = json.loads((study_dir / "test" / "summary.json").read_text())
     found = [[row["name"], row["objective"]["mean"], row["sets"]] for row in read["rows"]]
-    return [[row.name, row.outcome, row.objective, row.alpha, row.metrics] for row in rows], found, read["headline"]
+    return [[row.name, row.outcome, row.objective, row.alpha, row.metrics] for row in rows], found
 
 
 @pytest.mark.whole

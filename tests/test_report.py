@@ -27,13 +27,13 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct_matrix, read_predictions, sets
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.results.adviser import findings
+from carft_ray.results.evidence import compare, comparison_lines, headline_lines, in_points
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.page import FIGURES, HERE, figures, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
-from carft_ray.results.statistics.intervals import in_points
-from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, ranking_noise
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.results.verdict_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import trials
@@ -83,7 +83,7 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
     image, seed = ranking_noise(spec, objectives, {name: correct_matrix(tables, name) for name in spec.sets})
     assert found["noise"] == {"image": pytest.approx(image), "seed": seed, "words": "image noise only"}
     assert found["corrected"]["value"] == correct_best(objectives, image)["value"]
-    assert (found["best"]["name"], found["headline"]["baseline"]) == (view.best.name, "fine_tuning")
+    assert (found["best"]["name"], found["evidence"]["nearest"]) == (view.best.name, "fine_tuning")
     code, out, _ = run("report", view.study_dir)
     assert code == 0
     assert (
@@ -94,7 +94,7 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
         f"Corrected: {100 * found['corrected']['value']:.1f} %. The expected selection bias of the best of 26 values"
         in out
     )
-    assert found["headline"]["sentence"] in out
+    assert found["evidence"]["headline"] in out
 
 
 def test_trainings_on_different_kinds_of_gpus_are_told(two):
@@ -148,13 +148,14 @@ CASES = {
     "tested, better": ({"confirm": (SAME, 3), "test": (BETTER, 3)}, "pass pass pass pass"),
     "tested, the same": ({"confirm": (BETTER, 3), "test": (SAME, 3)}, "warn ? pass pass"),
     "tested, worse": ({"confirm": (BETTER, 3), "test": (WORSE, 3)}, "warn warn pass pass"),
-    "tested without a confirm": ({"test": (BETTER, 1)}, "pass pass warn pass"),
+    "tested without a confirm": ({"test": (BETTER, 1)}, "warn pass warn pass"),
+    "tested with two seeds": ({"confirm": (SAME, 2), "test": (BETTER, 2)}, "warn pass warn pass"),
     "read twice": ({"confirm": (BETTER, 3), "test": (BETTER, 3), "reads": 2}, "pass pass pass warn"),
     "went on": ({"confirm": (BETTER, 3), "test": (BETTER, 3), "went on": 1}, "pass pass pass warn"),
 }
 
 
-def compared(level, num_seeds, **more):
+def compared(kind, level, num_seeds, **more):
     """What a confirm or a read of test sets finds when the winner has a level and the baseline 0.6."""
     spec, rng = objective_spec(make_recipe()), np.random.default_rng(0)
     of_id, of_ood = level if isinstance(level, tuple) else (level, level)
@@ -164,9 +165,11 @@ def compared(level, num_seeds, **more):
         return {name: hard + rng.normal(0, 0.02, (num_seeds, 160)) < share for name, share in shares.items()}
 
     winner, baseline = right(id_val=of_id, noisy=of_ood, blurry=of_ood), right(**dict.fromkeys(spec.sets, 0.6))
-    found = compare(spec, {"t0001": winner, "fine_tuning": baseline}, "t0001", {"fine_tuning": 0.65})
-    found["rows"][0]["role"], found["rows"][1]["role"] = "winner", "baseline"
-    return {**found, **more}
+    roles = {"t0001": "winner", "fine_tuning": "baseline"}
+    rows = [{"name": name, "role": role, "alpha": 0.5, "seeds": num_seeds} for name, role in roles.items()]
+    subject = "values" if num_seeds > 1 else "model"
+    correct = {"t0001": winner, "fine_tuning": baseline}
+    return {**compare(kind, subject, spec, rows, correct, 0.005, range(num_seeds)), **more}
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +183,9 @@ def test_the_card_agrees_with_confirm_and_test(searched, case):
     done, marks = CASES[case]
     document = dict(searched)
     if "confirm" in done:
-        document["confirm"] = compared(*done["confirm"])
+        document["confirm"] = compared("confirm", *done["confirm"])
     if "test" in done:
-        document["test"] = compared(*done["test"], confirmed="confirm" in done)
+        document["test"] = compared("test", *done["test"], read=done.get("reads", 1))
         document["status"] = {**searched["status"], "ledger": {"test_reads": done.get("reads", 1)}}
         document["ledger"] = [{"purpose": "search went on"}] * done.get("went on", 0)
     source = "test" if "test" in done else "confirm"
@@ -209,9 +212,9 @@ def test_the_card_agrees_with_confirm_and_test(searched, case):
 @pytest.mark.parametrize("kind", ["thirty", "no OOD set", "Pareto"])
 def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(studies, kind):
     document = page_document(read_study(studies(kind)))
-    lines, headline = verdict(document), document["report"]["headline"]
-    assert lines[0].text == f"{headline['line']} {CHOSEN_HERE}"
-    assert headline["line"] in document["report"]["lines"]
+    lines, (headline,) = verdict(document), headline_lines(document["report"]["evidence"])
+    assert lines[0].text == f"{headline} {CHOSEN_HERE}"
+    assert headline in document["report"]["lines"]
     assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
     assert "over images; one training: seeds not covered" in lines[0].text
     assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
@@ -220,21 +223,24 @@ def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(studies
 def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(studies, searched):
     failed = page_document(read_study(studies("all failed")))
     assert verdict(failed)[0] == Line("Result", False, "no trial has finished: 5 diverged")
-    alone = {**searched, "report": {**searched["report"], "headline": None}}
+    alone = {
+        **searched,
+        "report": {**searched["report"], "evidence": {**searched["report"]["evidence"], "baselines": []}},
+    }
     assert verdict(alone)[0].text.startswith("no baseline to compare with")
-    assert "tuned with 2 trainings of CAR-FT; baseline fine tuning not tuned" in verdict(searched)[4].text
+    assert "tuned with 2 trainings of CAR-FT; baseline fine_tuning not tuned" in verdict(searched)[4].text
     status = {**searched["status"], "baselines": [], "times": {"training_s": 9000}}
     for number in (16, 4):  # the best of as many trainings as the winner, or of fewer
-        confirm = compared(BETTER, 3)
+        confirm = compared("confirm", BETTER, 3)
         for row, trainings in zip(confirm["rows"], (16, number), strict=True):
             row["chosen_from"] = trainings
         found = {**searched, "status": status, "methods": {"car_ft": 12, "feature_kd": 4}, "confirm": confirm}
         line = verdict({**found, "rivals": ["fine_tuning"]})[4]
-        assert line.text.startswith("tuned with 12 trainings of car ft and 4 trainings of feature kd")
+        assert line.text.startswith("tuned with 12 trainings of car_ft and 4 trainings of feature_kd")
         assert f"fine_tuning tuned in a search of its own, the best of {number}; " in line.text
         assert line.passed == (number == 16)
         assert line.text.endswith("2.5 hours without a GPU")
-    later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared(BETTER, 3)}
+    later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared("confirm", BETTER, 3)}
     assert "The best trial of the search, t0007, is not in this comparison." in verdict(later)[0].text
 
 
@@ -320,9 +326,6 @@ def test_the_page_says_what_may_be_wrong(studies, searched):
     found = findings(replace(view, baselines=above), report)
     checks = {row["check"] for row in found}
     assert {"below zero-shot", "noise larger than differences", "zero-shot not above chance"} <= checks
-    unmeasured = [replace(row, metrics={}) for row in view.baselines]
-    [table] = page_document(replace(view, baselines=unmeasured))["tables"]
-    assert [row["cells"] for row in table["rows"][1:]] == [[None] * len(table["sets"])] * len(unmeasured)
 
 
 def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run, printed):

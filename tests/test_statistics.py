@@ -21,19 +21,17 @@ from carft_ray.evaluation.predictions import concat, write_predictions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results import compare as results_compare
 from carft_ray.results import test_summary
+from carft_ray.results.evidence import compare, comparison_lines, differences, in_points, judged, p_words, row_lines
 from carft_ray.results.statistics import intervals
 from carft_ray.results.statistics.images import groups, with_images
 from carft_ray.results.statistics.intervals import (
     crossed,
-    headline,
-    in_points,
     objective_difference,
     objective_interval,
-    p_words,
     rank_correlation,
     values_by_seed,
 )
-from carft_ray.results.statistics.paired import compare, comparison_lines, correct_best, holm, ranking_noise, row_lines
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.results.stored import read_stored
 from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console
@@ -191,20 +189,62 @@ def test_accuracies_of_one_seed_or_without_variation_get_the_interval_of_wilson_
     assert [console.percent(share, 28) for share in (0.0, 0.5)] == ["0.0 [0.0, 12.1]", "50.0 [32.6, 67.4]"]
 
 
-def test_the_headline_says_better_worse_or_neither_and_worse_by_is_better_by_turned_round():
-    noise = np.tile([0.1, -0.1], (3, 20)) + np.array([[0.01], [-0.01], [0.0]])
-    better, worse, same = (crossed({"a": noise * (sign or 1) + 0.5 * sign}, {"a": 1.0}) for sign in (1, -1, 0))
-    told = headline(better, "fine_tuning").removeprefix("improves on fine tuning by ")
-    low, high = (float(end) for end in told.partition("[")[2].partition("]")[0].split(", "))
-    assert 0 < low < float(told.partition(" ")[0]) == 50 < high
-    assert headline(worse, "fine_tuning") == f"worse than fine tuning by {told}"
-    assert headline(same, "paper").startswith("no improvement over paper shown (+0.0 [-")
-    found = [headline(each, "paper", is_measured_again=False).partition(" by ")[0] for each in (better, worse)]
-    assert found == ["measured higher than paper", "measured lower than paper"]
-    assert headline(better, "paper", adjusted_p=0.03).endswith(" points, adjusted p = 0.03")
-    unsure = headline(better, "paper", adjusted_p=0.06)  # although its interval excludes 0
-    assert unsure.startswith("no improvement over paper shown (+50.0 [+4")
-    assert unsure.endswith("] points, adjusted p = 0.06)")
+def gap(name, mean, half):
+    return {"other": name, "objective": {"mean": mean, "ends": [mean - half, mean + half]}, "keeps_id": True}
+
+
+def said(*gaps, kind="test", subject="values", seeds=(1, 2, 3), roles=None):
+    """A document with these differences, which are from baselines if not said otherwise, as it is judged."""
+    rows = [{"name": "t0007", "role": "winner", "alpha": 0.4}]
+    rows += [{"name": each["other"], "role": (roles or {}).get(each["other"], "baseline"), "alpha": 1} for each in gaps]
+    about = {"kind": kind, "subject": subject, "seeds": seeds, "winner": "t0007", "rows": rows}
+    return judged({**about, "baselines": [], "others": list(gaps)})
+
+
+def test_an_improvement_is_shown_if_the_interval_of_every_baseline_is_above_zero():
+    near, far, open_one = gap("fine_tuning", 0.02, 0.01), gap("zero_shot", 0.2, 0.05), gap("lp_ft", 0.084, 0.147)
+    equal, behind = gap("l2_sp", -0.001, 0.01), gap("l2_sp", -0.02, 0.01)
+    two = (gap("fine_tuning, alpha 1", -0.3, 0.01), gap("t0002", -0.3, 0.01), gap("t0007, no penalties", -0.3, 0.01))
+    roles = {"t0002": "candidate", "t0007, no penalties": "ablation"}
+    for gaps, is_shown, sentence in (
+        ((near,), True, "improves on fine_tuning by 2.0 [1.0, 3.0] points"),
+        ((near, far), True, "improves on every baseline, the nearest one, fine_tuning, by 2.0 [1.0, 3.0] points"),
+        ((far, near, *two), True, "improves on every baseline, the nearest one, fine_tuning, by 2.0 [1.0, 3.0] points"),
+        ((far, equal), False, "no improvement over l2_sp shown (-0.1 [-1.1, +0.9] points)"),
+        ((near, open_one), False, "no improvement over lp_ft shown (+8.4 [-6.3, +23.1] points); the nearest baseline "
+         "is fine_tuning (+2.0 [+1.0, +3.0])"),
+        ((equal, open_one), False, "no improvement over l2_sp shown (-0.1 [-1.1, +0.9] points), nor over lp_ft "
+         "(+8.4 [-6.3, +23.1])"),
+        ((far, behind), False, "worse than l2_sp by 2.0 [1.0, 3.0] points"),
+        ((gap("l2_sp", 0.0, 0.0),), False, "no improvement over l2_sp shown (+0.0 [+0.0, +0.0] points)"),
+    ):  # fmt: skip
+        found = said(*gaps, roles=roles)
+        assert (found["shown"], found["headline"]) == (is_shown, f"t0007: {sentence}")
+        assert found["nearest"] == min(found["baselines"], key=lambda each: each["objective"]["mean"])["other"]
+    assert said()["headline"] is said()["nearest"] is None
+    assert not said()["shown"]
+    assert said(*two, roles=roles)["measured_higher"] == ["t0002"]
+    assert said(*two, roles=roles)["baselines"] == []
+
+
+def test_only_a_test_says_improves_of_values_with_three_fresh_seeds_and_of_a_model():
+    better, worse = gap("paper", 0.02, 0.01), gap("paper", -0.02, 0.01)
+    for kind, subject, num_seeds, may in (
+        ("test", "values", 3, True),
+        ("test", "values", 2, False),
+        ("test", "model", 1, True),
+        ("confirm", "values", 10, False),
+        ("search", "values", 0, False),
+    ):
+        words = ("improves on", "worse than") if may else ("measured higher than", "measured lower than")
+        for each, word in zip((better, worse), words, strict=True):
+            found = said(each, kind=kind, subject=subject, seeds=range(num_seeds))
+            who = "this model, t0007 at alpha 0.40" if subject == "model" else "t0007"
+            assert found["headline"] == f"{who}: {word} paper by 2.0 [1.0, 3.0] points"
+            assert found["shown"] == (may and each is better)
+
+
+def test_numbers_in_points():
     assert in_points(0.583333, (0.24826, 0.91840)) == "58.3 [24.8, 91.8]"
     assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
 
@@ -227,7 +267,7 @@ def test_rank_correlation_is_none_where_it_is_not_defined():
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 SIZES = {"id_val": 400, "a": 200, "b": 200}
 J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
-BASELINES = {"fine_tuning": 0.7, "paper": 0.6, "zero_shot": 0.5}  # validation objectives
+BASELINES = ("fine_tuning", "paper", "zero_shot")
 
 
 def random_correct(rng, num_rows):
@@ -303,9 +343,15 @@ def correct():
     return {name: answers(rng, hard, share, 1 if name == "zero_shot" else 3) for name, share in shares.items()}
 
 
+def compared(correct, winner="t0007", baselines=BASELINES, spec=SPEC, id_margin=0.005, **more):
+    roles = {winner: "winner", **dict.fromkeys(baselines, "baseline")}
+    rows = [{"name": name, "role": roles.get(name, "candidate"), "alpha": 0.5} for name in correct]
+    return compare("test", "values", spec, rows, correct, id_margin, seeds=(1, 2, 3), **more)
+
+
 @pytest.fixture(scope="module")
 def found(correct):
-    return compare(SPEC, correct, "t0007", BASELINES, searched=0.78)
+    return compared(correct, searched=0.78)
 
 
 def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(correct, found):
@@ -317,8 +363,8 @@ def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(cor
     assert list(row["sets"]) == ["id_val", "a", "b"]
     assert (last["over"], last["dof"]) == (intervals.OVER_IMAGES, 199)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    rows = [{**row, "role": "baseline"} for row in found["rows"]]
-    checked(Compared, {**found, "label": "confirm", "rows": rows}, "summary.json")  # it can be read again
+    checked(Compared, found, "summary.json")  # it can be read again
+    assert judged(found) == found
     trained = {name: rows for name, rows in correct.items() if name != "zero_shot"}
     pooled = max(
         np.mean([np.var(values_by_seed(SPEC, rows), ddof=1) for rows in trained.values()]),
@@ -329,34 +375,29 @@ def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(cor
     assert [line.partition(":")[0].strip() for line in row_lines(found)[1:]] == list(correct)
 
 
-def test_the_baseline_of_the_headline_has_its_own_p_value_and_the_others_holms(correct, found):
+def test_differences_are_paired_and_each_has_its_own_p_value(correct, found):
     against = {each["other"]: each for each in found["baselines"]}
-    assert list(against) == list(BASELINES)
-    own = objective_difference(SPEC, correct["t0007"], correct["fine_tuning"])
-    assert (against["fine_tuning"]["objective"], against["fine_tuning"]["p"]) == (own.data(), own.p_value)
-    adjusted = holm([against[name]["objective"]["p_value"] for name in ("paper", "zero_shot")])
-    assert [against[name]["p"] for name in ("paper", "zero_shot")] == adjusted
-    for each in found["baselines"]:
-        assert ("adjusted p" in each["sentence"]) == (each["other"] != "fine_tuning")
-        assert each["sentence"].startswith("no improvement") == (each["p"] >= 0.05)
+    assert tuple(against) == BASELINES
+    for name in ("fine_tuning", "paper"):
+        gaps = differences(SPEC, correct["t0007"], correct[name])
+        assert against[name]["objective"] == objective_difference(SPEC, correct["t0007"], correct[name]).data()
+        assert against[name]["sets"] == {each: gaps[each].data() for each in SPEC.sets}
+        assert against[name]["id_accuracy"] == gaps["id_val"].data()
+        assert against[name]["ood_accuracy"] == gaps["ood_accuracy"].data()
     repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}  # for every seed
     assert against["zero_shot"]["objective"] == objective_difference(SPEC, correct["t0007"], repeated).data()
-    assert [(each["other"], each["p"]) for each in found["others"]] == [("t0002", None)]
+    assert [each["other"] for each in found["others"]] == ["t0002"]
     told = {line.partition(":")[0].strip(): line for line in comparison_lines(found)}
     for each in (*found["baselines"], *found["others"]):
         low, high = each["objective"]["ends"]
         assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each["other"]]
-        mark = "; p " if each["other"] == "fine_tuning" else "; adjusted p "
-        assert (mark in told[each["other"]]) == (each["p"] is not None)
-    assert found["headline"].startswith("t0007: improves on fine tuning by 7.")
-    other = compare(SPEC, correct, "t0007", {**BASELINES, "paper": 0.8})
-    assert other["headline"].startswith("t0007: no improvement over paper shown")
-    worse = compare(SPEC, correct, "fine_tuning", {"paper": 0.6})
-    assert worse["better_than_winner"] == ["t0007", "t0002"]
-    assert any(
-        line.startswith("By its paired interval t0007 is better than the winner") for line in comparison_lines(worse)
-    )
-    assert compare(SPEC, correct, "t0007", {})["headline"] is None
+        assert (f"; {p_words(each['objective']['p_value'])}; " in told[each["other"]]) == (each in found["baselines"])
+    assert found["headline"].startswith("t0007: no improvement over paper shown")
+    assert compared(correct, baselines=("fine_tuning",))["headline"].startswith("t0007: improves on fine_tuning by 7.")
+    worse = compared(correct, "fine_tuning", ("paper",))
+    assert worse["measured_higher"] == ["t0007", "t0002"]
+    assert any(line.startswith("t0007 measured higher than the winner") for line in comparison_lines(worse))
+    assert compared(correct, baselines=())["headline"] is None
 
 
 def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
@@ -373,32 +414,26 @@ def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
 
 def test_equal_configurations_differ_by_zero(correct):
     both = {"one": correct["paper"], "two": correct["paper"]}
-    same = compare(SPEC, both, "one", {"two": 0.6})
+    same = compared(both, "one", ("two",))
     difference = same["baselines"][0]["objective"]
     low, high = difference["ends"]
     assert (difference["mean"], difference["p_value"]) == (0, 1)
     assert low < 0 < high < 0.01
     # 400 images without any change show that less than 0.75 % change, not that less than 0.5 % do
     assert not same["baselines"][0]["keeps_id"]
-    assert compare(SPEC, both, "one", {"two": 0.6}, 0.01)["baselines"][0]["keeps_id"]
-
-
-def test_holm_of_the_fixture_and_its_limits():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([0.02]) == [0.02]
-    assert holm([]) == []
+    assert compared(both, "one", ("two",), id_margin=0.01)["baselines"][0]["keeps_id"]
 
 
 @pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
 def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_images_only(correct, kind):
     single = {name: {each: rows[:1] for each, rows in by_set.items()} for name, by_set in correct.items()}
-    found = compare(ObjectiveSpec(kind, "id_val", ()), single, "t0007", BASELINES, label="test", searched=0.78)
+    found = compared(single, spec=ObjectiveSpec(kind, "id_val", ()), label="test", searched=0.78)
     assert found["rows"][0]["ood_accuracy"] is found["optimism"]["se"] is None
     assert list(found["baselines"][0]["sets"]) == ["id_val"]
-    assert comparison_lines(found)[-1].endswith(f"points; test; 95 % interval {intervals.OVER_IMAGES}.")
-    pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
-    assert 0 <= pair["p"] <= 1
+    assert found["baselines"][0]["ood_accuracy"] is None
+    assert comparison_lines(found)[-1].endswith(f"points); test; 95 % interval {intervals.OVER_IMAGES}.")
+    pair = compared(correct, spec=ObjectiveSpec(kind, "id_val", ("a", "b")))["baselines"][0]
+    assert 0 <= pair["objective"]["p_value"] <= 1
 
 
 CORRUPTED = {"source": "corrupted", "of": {**SANDBOX_SET, "split": "val"}, "severity": 3}

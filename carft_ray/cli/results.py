@@ -56,8 +56,7 @@ def confirm(
         return
     console.show(found.tables[0])
     console.say("\n" + "\n".join(found.lines))
-    candidates = {row["name"] for row in summary["rows"] if row["role"] == "candidate"}
-    if candidates & {*summary["better_than_winner"]} and winner == "search":
+    if summary["measured_higher"] and winner == "search":
         console.next_step(chosen_anew)
     else:
         common.suggest(study, "confirm", changed=True, address=shared["address"])

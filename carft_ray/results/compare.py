@@ -13,13 +13,15 @@ from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, sample_ids, select
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import alone, single
+from carft_ray.results.evidence import differences as gaps_between
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.images import with_images
-from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
+from carft_ray.results.statistics.intervals import Interval
 from carft_ray.study.place import named
 from carft_ray.study.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")
+WHAT = {ID_SET: "id_accuracy", "ood_accuracy": "ood_accuracy", "objective": "objective"}  # a set has its own name
 ENVIRONMENT = ("torch", "device", "threads", "num_workers", "commit", "dirty", "source", "function_source")
 
 
@@ -135,32 +137,20 @@ def _intervals(
     a: Finished, b: Finished, pairs: Mapping[str, tuple[Any, Any]], reasons: dict[str, str]
 ) -> dict[str, Interval]:
     """Returns the paired interval of every number that can be compared; adds why the others cannot."""
-    left = {name: pair[0][None] for name, pair in pairs.items()}
-    right = {name: pair[1][None] for name, pair in pairs.items()}
-    gaps = paired_differences(left, right)
-    found = {f"accuracy/{name}": crossed({name: gap}, {name: 1.0}) for name, gap in gaps.items()}
-    if ID_SET in gaps:
-        found["id_accuracy"] = found.pop(f"accuracy/{ID_SET}")
     specs = [objective_spec(each.recipe) for each in (a, b)]
     if {*specs[0].sets} <= set(pairs):
         table = a.predictions()
         ids = {name: sample_ids(table, name, float(a.result["alpha"])) for name in specs[0].sets}
         specs[0] = with_images(specs[0], a.recipe, ids)
-    names, ood = specs[0].ood_sets, [set(spec.ood_sets) for spec in specs]
-    if ood[0] != ood[1]:
+    left, right = ({name: pair[side][None] for name, pair in pairs.items()} for side in (0, 1))
+    found = {WHAT.get(name, f"accuracy/{name}"): gap for name, gap in gaps_between(specs[0], left, right).items()}
+    if {*specs[0].ood_sets} != {*specs[1].ood_sets}:
         reasons["ood_accuracy"] = "it is the mean of other sets"
-    elif ood[0] and ood[0] <= set(pairs):
-        found["ood_accuracy"] = crossed(
-            {name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)), images=specs[0].images
-        )
     defined = [
         (spec.kind, spec.id_weight if spec.kind == "weighted_mean" else None, {*spec.ood_sets}) for spec in specs
     ]
     if defined[0] != defined[1]:
         reasons["objective"] = "the recipes define it differently"
-    elif {ID_SET, *ood[0]} <= set(pairs):
-        found["objective"] = objective_difference(specs[0], left, right)
-    else:
-        missing = [name for name in (ID_SET, *specs[0].ood_sets) if name not in pairs]
+    elif missing := [name for name in specs[0].sets if name not in pairs]:
         reasons["objective"] = f"it needs all its sets, and {', '.join(missing)} cannot be compared"
-    return found
+    return {what: gap for what, gap in found.items() if what not in reasons}

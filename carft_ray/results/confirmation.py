@@ -5,8 +5,8 @@
 
 The best of N noisy objectives is too high, so it is measured again with fresh seeds, from a range that the search has
 not used. ``alpha`` belongs to a configuration and is never chosen again. What is shown: means over fresh seeds,
-intervals over seeds and images, the optimism of the search, the headline. These are validation images: the luck of the
-seeds is gone, that of the images is not. `test` has new images.
+intervals over seeds and images, the optimism of the search, the headline (``evidence``). These are validation images:
+fresh seeds remove the bias of the seeds, and not that of the images. `test` has new images.
 """
 
 import itertools
@@ -31,11 +31,11 @@ from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
+from carft_ray.results.evidence import AT_ONE, compare, comparison_lines
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import values_by_seed
-from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.study import typed
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.place import named
@@ -48,8 +48,6 @@ from carft_ray.words import counted, times
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
 Role = Literal["winner", "candidate", "baseline", "ablation"]
 TRIALS = ("winner", "candidate")  # roles of trials of the search
-AT_ONE = ", alpha 1"  # behind the name of a baseline that is there once more
-LABEL = "validation images, fresh seeds"
 
 
 @dataclass(frozen=True)
@@ -432,21 +430,22 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
     whole = [each for row, trainings in whole for each in _at_its_own_alpha(study_dir, spec, row, trainings)]
     table = _tables(study_dir, whole[0][1])[0]
     ids = {name: sample_ids(table, name, whole[0][0].alpha) for name in spec.sets}
+    facts = [
+        {"name": row.name, "role": row.role, "alpha": row.alpha, "seeds": len(found), "chosen_from": row.chosen_from}
+        for row, found in whole
+    ]
     found = compare(
+        "confirm",
+        "values",
         with_images(spec, recipe, ids),
+        facts,
         {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole},
-        winner.name,
-        {row.name: row.objective for row, _ in whole if row.role == "baseline"},
-        id_margin=recipe.search.objective.id_margin,
-        label=LABEL,
+        recipe.search.objective.id_margin,
+        stage.seeds,
         searched=winner.objective,
     )
-    for (row, _), each in zip(whole, found["rows"], strict=True):
-        each |= {"role": row.role, "alpha": row.alpha, "seeds": each["objective"]["num_seeds"] if row.training else 0}
-        each["chosen_from"] = row.chosen_from
     content = {
         **found,
-        "seeds": list(stage.seeds),
         "chosen_by": "search" if second is None else "confirm",
         "failed": failed,
         "shared_images": shared_counts(read_shared(study_dir)),
@@ -473,7 +472,7 @@ def _at_its_own_alpha(
 
 
 def chosen_from_lines(content: Mapping[str, Any]) -> list[str]:
-    """Returns a line on how many trainings each configuration of the headline's comparison is the best of."""
+    """Returns a line on how many trainings each configuration of the headline is the best of."""
     compared = [row for row in content["rows"] if row["role"] in ("winner", "baseline")]
     numbers = {row["name"]: row.get("chosen_from", 0) for row in compared if not row["name"].endswith(AT_ONE)}
     numbers = {name: number for name, number in numbers.items() if number}  # the zero-shot model has none

@@ -21,11 +21,11 @@ from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirmation import confirm_lines
+from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.statistics.intervals import against_baseline
-from carft_ray.results.statistics.paired import correct_best, later_best, ranking_noise, row_lines
-from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.stored import Chosen, confirmed, of_search, read_compared, read_stored
 from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
@@ -79,7 +79,8 @@ def study_report(view: Overview) -> dict[str, Any]:
         "alphas": num_alphas,
         "test_reads": num_test_reads(study_dir, view.log),
     }
-    against = against_baseline(recipe, spec, best, baselines, chosen)
+    evidence = of_search(recipe, spec, best, baselines, chosen)
+    headline = headline_lines(evidence)
     return {
         "study": named(study_dir),
         "name": recipe.name,
@@ -93,14 +94,14 @@ def study_report(view: Overview) -> dict[str, Any]:
         },
         "front": front,
         **data,
-        "headline": against,
+        "evidence": evidence,
         "lines": [
             *_count_lines(recipe, counts),
             *shared_lines(shared),
             "",
             *worth,
             *constraint_lines(best),
-            *(["", against["line"]] if against else []),
+            *(["", *headline] if headline else []),
             *_later_lines(study_dir, best.name),
         ],
     }

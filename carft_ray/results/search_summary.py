@@ -6,10 +6,10 @@ from carft_ray.launch.command import SearchResult
 from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import num_trials
+from carft_ray.results.evidence import headline_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, pruner_quality
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.statistics.intervals import against_baseline
-from carft_ray.results.stored import read_stored
+from carft_ray.results.stored import of_search, read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
 from carft_ray.study.rows import best_first
@@ -55,12 +55,11 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
     rivals = [row for row in result.baselines if row.objective is not None]
     spec, chosen, _ = read_stored(result.study_dir, [best, *rivals], recipe)
-    against = against_baseline(recipe, spec, best, rivals, chosen)
     return [
         *front_lines(front),
         *constraint_lines(best),
         f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
-        *([against["line"]] if against else []),
+        *headline_lines(of_search(recipe, spec, best, rivals, chosen)),
         "The best trial was chosen by these numbers, so they are too high; none is from a test set.",
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

@@ -1,9 +1,9 @@
-"""Stored validation predictions of a study as arrays: no torch, no model, no test set.
+"""Stored validation predictions of a study as arrays, and evidence made of them: no torch, no model, no test set.
 
 Shape letters: r seeds, n images of one set; images are ordered by sample id, the same in every array.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from carft_ray.evaluation.predictions import (
     require_same_images,
     sample_ids,
 )
-from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import TRIALS, read_plan, row_correct, whole_rows
+from carft_ray.results.evidence import LABELS, Subject, compare, judged
 from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
@@ -102,6 +103,43 @@ def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
     if not files.exists(path):
         return None
     content: dict[str, Any] = typed.checked(typed.Compared, files.read_json(study_dir, f"{of}/{SUMMARY}"), str(path))
-    if not any(row["role"] == "winner" for row in content["rows"]):
-        raise typed.wrong(str(path), "one of the rows must be the winner", None)
-    return content
+    for found in (content, content.get("without_shared_images")):
+        if found:
+            _require_rows(found, str(path))
+    subject: Subject = "values" if of == CONFIRM or content.get("confirmed") else "model"
+    about = {"kind": "confirm" if of == CONFIRM else "test", "subject": subject, "seeds": content.get("seeds", [])}
+    if without := content.get("without_shared_images"):
+        content["without_shared_images"] = judged({**without, **about})
+    return judged({**content, **about})
+
+
+def _require_rows(found: Mapping[str, Any], path: str) -> None:
+    """Raises a ``StorageError`` if the winner, or what it is compared with, is none of the rows."""
+    roles = {row["name"]: row["role"] for row in found["rows"]}
+    if roles.get(found["winner"]) != "winner":
+        raise typed.wrong(path, "the winner must be one of the rows", found["winner"])
+    if others := [gap["other"] for gap in (*found["baselines"], *found["others"]) if gap["other"] not in roles]:
+        raise typed.wrong(path, "each difference must be from one of the rows", others[0])
+
+
+def of_search(
+    recipe: Recipe, spec: ObjectiveSpec, best: TrialRow, baselines: Sequence[TrialRow], chosen: Chosen
+) -> dict[str, Any]:
+    """Returns the evidence of a search: its best trial and the complete baselines, each at its own alpha.
+
+    Args:
+        recipe: The study's recipe.
+        spec: Of ``read_stored``, as ``chosen``.
+        best: The best trial.
+        baselines: Complete baselines.
+        chosen: Correctness of all of them.
+    """
+    rows = [
+        {"name": row.name, "role": "baseline" if row in baselines else "winner", "alpha": row.alpha or 0.0, "seeds": 0}
+        for row in (best, *baselines)
+    ]
+    label = LABELS["search"]
+    if recipe.search.objective.kind == "pareto":
+        label += f", by {spec.id_weight:g} ID + {1 - spec.id_weight:g} OOD"
+    correct = {row.name: chosen[row.name] for row in (best, *baselines)}
+    return compare("search", "values", spec, rows, correct, recipe.search.objective.id_margin, label=label)

@@ -32,8 +32,8 @@ from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import Stage, last_stage, options_to_go_on, read_plan, whole_rows
+from carft_ray.results.evidence import compare, comparison_lines
 from carft_ray.results.statistics.images import with_images
-from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.place import named
@@ -154,16 +154,18 @@ def summarise(
         row["name"]: [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)] for row in rows
     }
     correct = {row: {name: correct_matrix(found, name) for name in spec.sets} for row, found in evaluations.items()}
-    winner = next(row["name"] for row in rows if row["role"] == "winner")
+    facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
     compare_rows = functools.partial(
         compare,
-        winner=winner,
-        baselines={row["name"]: row["objective"] for row in rows if row["role"] == "baseline"},
+        "test",
+        "values" if compared["confirmed"] else "model",
+        rows=facts,
         id_margin=recipe.search.objective.id_margin,
+        seeds=compared["seeds"],
     )
-    table, alpha = evaluations[winner][0]
+    table, alpha = next(iter(evaluations.values()))[0]
     ids = {name: sample_ids(table, name, alpha) for name in spec.sets}
-    found = compare_rows(with_images(spec, recipe, ids), correct=correct, label="test sets")
+    found = compare_rows(with_images(spec, recipe, ids), correct=correct)
     alone = {name: ~np.isin(own, _shared_ids(shared, name)) for name, own in ids.items()}
     without_shared = None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
@@ -172,13 +174,9 @@ def summarise(
         label = "test sets without images that are in other roles"
         without_shared = compare_rows(of_fewer, correct=fewer, label=label)
         without_shared["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
-    for row, each in zip(rows, found["rows"], strict=True):
-        each |= {"role": row["role"], "alpha": row["alpha"], "seeds": len(row["runs"]), "runs": row["runs"]}
-        each["validation_objective"] = row["objective"]
     return {
         **record,
         "confirmed": compared["confirmed"],
-        "seeds": compared["seeds"],
         "sets": {name: len(mask) for name, mask in alone.items()},
         "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
         **found,
@@ -202,7 +200,7 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
         *changed_lines(content.get("changed_sets", [])),
         *lines_of_other_reads(content["elsewhere"]),
         sets,
-        f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets.",
+        f"{seeds}; alphas were chosen on the validation sets.",
         *(comparison_lines(without) if without else []),
         *comparison_lines(content),
     ]

@@ -1,6 +1,6 @@
 """The verdict card: five lines on what a study has shown, to be pasted into an issue or a paper.
 
-Its numbers and its sentences are those of `test`, else of `confirm`, else of `report`; nothing is computed here.
+Its numbers and its sentences are those of `test`, else of `confirm`, else of the search; nothing is computed here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.results import test_summary
-from carft_ray.results.statistics.intervals import in_points
-from carft_ray.results.statistics.paired import headline_line, later_best
+from carft_ray.results.evidence import ENOUGH_SEEDS, NO_BASELINE, headline_lines, in_points, later_best
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
@@ -17,8 +16,6 @@ from carft_ray.words import counted, times
 
 FORMS = ("text", "latex")
 CHOSEN_HERE = "Selection bias is not covered: the search chose the winner on these images."
-NO_BASELINE = "no baseline to compare with"
-ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
 Document = Mapping[str, Any]
 
 
@@ -48,11 +45,9 @@ def verdict(document: Document) -> list[Line]:
     Args:
         document: Of ``page.data.page_document``.
     """
-    measured = next((kind for kind in ("test", "confirm") if document[kind] is not None), None)
-    if measured is not None:
-        first = _compared(document, document[measured], is_new=measured == "test")
-    elif document["report"] is not None:
-        first = _searched(document)
+    found = document["test"] or document["confirm"] or (document["report"] or {}).get("evidence")
+    if found is not None:
+        first = _measured(document, found)
     else:
         states = ", ".join(f"{count} {name}" for name, count in document["status"]["trials"].items() if count)
         first = [Line("Result", False, f"no trial has finished: {states or 'none has begun'}")]
@@ -67,45 +62,28 @@ def card(document: Document, form: str = "text") -> str:
     return {"text": text_card, "latex": latex_card}[form](verdict(document), title)
 
 
-def _compared(document: Document, found: Document, is_new: bool) -> list[Line]:
-    """Returns the lines of a confirm, or of a read of the test sets, whose images are new."""
+def _measured(document: Document, found: Document) -> list[Line]:
+    """Returns the lines of the best evidence (``results.evidence``): result, accuracies, seeds."""
     winner = next(row for row in found["rows"] if row["role"] == "winner")
-    against = next((each for each in found["baselines"] if each["other"] == found["headline_baseline"]), None)
-    best, without = document["status"]["best"], found.get("without_shared_images")
-    said = [headline_line(found) or f"{NO_BASELINE}; {found['label']}.", *([headline_line(without)] if without else [])]
-    said += later_best(found, best["name"]) if best else []
+    is_new, without = found["kind"] == "test", found.get("without_shared_images")
+    said = headline_lines(found) or [f"{NO_BASELINE}; {found['label']}."]
+    said += headline_lines(without) if without else []
+    said += later_best(found, document["status"]["best"]["name"]) if document["status"]["best"] else []
     said += [] if is_new else [CHOSEN_HERE]
     shown = {"ID": winner["id_accuracy"], "OOD mean": winner["ood_accuracy"]}
-    numbers = {name: in_points(each["mean"], each["ends"]) for name, each in shown.items() if each}
-    is_shown = against is not None and against["objective"]["ends"][0] > 0
-    return [
-        Line("Result", is_new and is_shown, " ".join(said)),
-        _accuracy(numbers, found["headline_baseline"], against and against["keeps_id"], is_new),
-        _seeds(winner["objective"]["num_seeds"] if found.get("confirmed", True) else 0),
-    ]
-
-
-def _searched(document: Document) -> list[Line]:
-    """Returns the lines of a search that nothing has measured again."""
-    against, metrics = document["report"]["headline"], document["status"]["best"]["metrics"]
-    shown = {"ID": "id_accuracy", **({"OOD mean": "ood_accuracy"} if document["has_ood"] else {})}
-    numbers = {name: f"{100 * metrics[key]:.1f}" for name, key in shown.items() if key in metrics}
-    return [
-        Line("Result", False, f"{against['line'] if against else NO_BASELINE + '.'} {CHOSEN_HERE}"),
-        _accuracy(numbers, against and against["baseline"], None, is_new=False),
-        _seeds(0),
-    ]
-
-
-def _accuracy(numbers: Mapping[str, str], baseline: str | None, keeps_id: bool | None, is_new: bool) -> Line:
-    text = ", ".join(f"{name} {value} %" for name, value in numbers.items())
-    if baseline is not None:
-        kept = {True: "keeps", False: "not shown to keep", None: "not yet tested whether it keeps"}[keeps_id]
-        text += f"; {kept} the ID accuracy of {_spaced(baseline)}"
-    has_ood = len(numbers) > 1
+    text = ", ".join(f"{name} {in_points(each['mean'], each['ends'])} %" for name, each in shown.items() if each)
+    kept = next((gap["keeps_id"] for gap in found["baselines"] if gap["other"] == found["nearest"]), None)
+    if kept is not None:
+        text += f"; {'keeps' if kept else 'not shown to keep'} the ID accuracy of {found['nearest']}"
+    has_ood = winner["ood_accuracy"] is not None
     if not has_ood:
         text += f"; there is no OOD {'test ' if is_new else ''}set"
-    return Line("Accuracy", bool(keeps_id) and has_ood and is_new, text)
+    is_of_values = found["subject"] == "values"
+    return [
+        Line("Result", is_of_values and found["shown"], " ".join(said)),
+        Line("Accuracy", bool(kept) and has_ood and is_new, text),
+        _seeds(winner["seeds"] if is_of_values else 0),
+    ]
 
 
 def _seeds(number: int) -> Line:
@@ -123,17 +101,19 @@ def _tests(document: Document) -> Line:
     went_on = sum(entry["purpose"] == WENT_ON for entry in document["ledger"])
     later = [f"The search was continued {times(went_on)} after a read."] if went_on else []
     later += test_summary.lines_of_other_reads((document["test"] or {}).get("elsewhere", ()))
+    if (document["test"] or {}).get("read") != number:
+        later.append("The last read has not ended: `carft-ray test` continues it.")
     return Line("Test sets", number == 1 and not later, " ".join([f"read {times(number)}.", *later]))
 
 
 def _cost(document: Document) -> Line:
     """Returns what was spent on whom: only what had trials of its own was tuned.
 
-    It passes if the winner and the baseline of the headline are the best of equal numbers of trainings.
+    It passes if one of the baselines is the best of at least as many trainings as the winner.
     """
     status, methods = document["status"], document["methods"]
-    each = [f"{counted(count, 'training')} of {_spaced(name)}" for name, count in methods.items()]
-    fixed = [_spaced(row["name"]) for row in status["baselines"] if row["name"] != ZERO_SHOT]
+    each = [f"{counted(count, 'training')} of {name}" for name, count in methods.items()]
+    fixed = [row["name"] for row in status["baselines"] if row["name"] != ZERO_SHOT]
     text = f"tuned with {' and '.join(each)}" if each else "no training has ended"
     if fixed:
         several = len(fixed) > 1
@@ -147,18 +127,14 @@ def _cost(document: Document) -> Line:
     hours = status["budget"]["gpu_hours_used"]
     text += f"; {hours:.3g} GPU hours" if hours else f"; {_time(status['times']['training_s'])} without a GPU"
     winner = next((row["name"] for row in rows if row["role"] == "winner"), "")
-    against = (document["test"] or document["confirm"] or {}).get("headline_baseline")
-    return Line("Cost", 0 < best_of.get(against, 0) == best_of.get(winner), text)
+    rivals = [best_of.get(gap["other"], 0) for gap in (document["confirm"] or {}).get("baselines", ())]
+    return Line("Cost", 0 < best_of.get(winner, 0) <= max(rivals, default=0), text)
 
 
 def _time(seconds: float) -> str:
     if seconds < 60:
         return "less than a minute"
     return counted(round(seconds / 3600, 1), "hour") if seconds >= 3600 else counted(round(seconds / 60), "minute")
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def text_card(lines: Sequence[Line], title: str) -> str:

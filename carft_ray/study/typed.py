@@ -212,15 +212,17 @@ class Interval(_Strict):
     mean: Number
     ends: Ends
     num_seeds: Count
+    p_value: Share
+    over: Words
     notes: list[Words]
 
 
 class Row(_Strict):
-    """A configuration of a comparison (``results.statistics.paired.compare``)."""
+    """A configuration of a comparison (``results.evidence.compare``)."""
 
     name: Words
     role: Words
-    alpha: Share | None = None
+    alpha: Share
     chosen_from: Count = 0
     objective: Interval
     id_accuracy: Interval
@@ -233,10 +235,10 @@ class Difference(_Strict):
 
     other: Words
     objective: Interval
-    p: Number | None
+    id_accuracy: Interval | None = None
+    ood_accuracy: Interval | None = None
     sets: dict[str, Interval]
     keeps_id: bool
-    sentence: Words
 
 
 class Optimism(_Strict):
@@ -247,24 +249,26 @@ class Optimism(_Strict):
     se: Number | None
 
 
-class Compared(_Strict):
-    """``summary.json`` of a confirm or a test."""
+class Comparison(_Strict):
+    """A document of ``results.evidence``, without what is judged anew when it is read."""
 
     label: Words
     winner: Words
-    headline: Words | None
-    headline_baseline: Words | None
     id_margin: Number
     rows: Annotated[list[Row], Field(min_length=1)]
     baselines: list[Difference]
     others: list[Difference]
     optimism: Optimism | None
-    better_than_winner: list[Words] = []
+
+
+class Compared(Comparison):
+    """``summary.json`` of a confirm or a test."""
+
     confirmed: bool = False
     seeds: list[Seed] = []
     chosen_by: Words = ""
     failed: list[Words] = []
-    without_shared_images: dict[str, Any] | None = None
+    without_shared_images: Comparison | None = None
     read: Count = 0
     time: Words = ""
     user: Words = ""

@@ -131,15 +131,29 @@ def method_of(view: Overview, row: TrialRow) -> str:
 def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the tables of accuracy per set, the best evidence first: test, confirm, search.
 
-    Each has ``label``, ``sets`` and ``rows`` of ``name``, ``role``, ``alpha`` and ``cells``: per set None, or ``mean``
-    with ``low`` and ``high`` where there is an interval. ``differences`` are rows of the winner minus each baseline.
+    Each has ``label``, ``sets`` and ``rows`` of ``name``, ``role``, ``alpha`` and ``cells``: per set None, or ``mean``,
+    ``low`` and ``high``. ``differences`` are rows of the winner minus each baseline.
     """
-    made = (
-        _compared_table("Test sets", document["test"]),
-        _compared_table("Validation sets, fresh seeds", document["confirm"]),
-        _search_table(document),
-    )
-    return [table for table in made if table]
+    found = (document["test"], document["confirm"], (document["report"] or {}).get("evidence"))
+    return [_table(each) for each in found if each]
+
+
+def _table(found: Mapping[str, Any]) -> dict[str, Any]:
+    has_ood = found["rows"][0]["ood_accuracy"] is not None
+
+    def cells(row: Mapping[str, Any]) -> list[dict[str, float] | None]:
+        shown = [*row["sets"].values(), *([row.get("ood_accuracy")] if has_ood else []), row["objective"]]
+        return [each and {"mean": each["mean"], "low": each["ends"][0], "high": each["ends"][1]} for each in shown]
+
+    rows = [{**{key: row.get(key) for key in ("name", "role", "alpha")}, "cells": cells(row)} for row in found["rows"]]
+    return {
+        "label": f"{found['label'][:1].upper()}{found['label'][1:]}",
+        "sets": [*found["rows"][0]["sets"], *(("ood_mean",) if has_ood else ()), "objective"],
+        "rows": rows,
+        "differences": [
+            {"name": f"{found['winner']} - {gap['other']}", "cells": cells(gap)} for gap in found["baselines"]
+        ],
+    }
 
 
 def _rivals(document: Mapping[str, Any]) -> list[str]:
@@ -238,52 +252,6 @@ def _reliability(spec: ObjectiveSpec, table: pa.Table, points: Sequence[Point]) 
             part = pa.concat_tables([select(table, each, alpha) for each in names])
             found.append({"role": role, "model": name, "alpha": alpha, "bins": reliability(answers(part))})
     return found
-
-
-def _cell(mean: float | None, interval: Sequence[float] | None = None) -> dict[str, float] | None:
-    if mean is None:
-        return None
-    return {"mean": mean} if interval is None else {"mean": mean, "low": interval[0], "high": interval[1]}
-
-
-def _compared_table(label: str, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Returns the table of a confirm or of a read of the test sets."""
-    if found is None:
-        return None
-    first, kept = found["rows"][0], ("name", "role", "alpha")
-
-    def cells(row: Mapping[str, Any]) -> list[dict[str, float] | None]:
-        ood = [row.get("ood_accuracy")] if first["ood_accuracy"] else []  # a difference has none
-        shown = [*row["sets"].values(), *ood, row["objective"]]
-        return [_cell(each["mean"], each["ends"]) if each else None for each in shown]
-
-    return {
-        "label": label,
-        "sets": [*first["sets"], *(("ood_mean",) if first["ood_accuracy"] else ()), "objective"],
-        "rows": [{**{key: row.get(key) for key in kept}, "cells": cells(row)} for row in found["rows"]],
-        "differences": [
-            {"name": f"{found['winner']} - {each['other']}", "cells": cells(each)} for each in found["baselines"]
-        ],
-    }
-
-
-def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    best, sets = document["status"]["best"], document["status"]["selected_on"]
-    if best is None:
-        return None
-    keys = {name: f"accuracy/{name}" for name in sets}
-    keys |= {"ood_mean": "ood_accuracy"} if document["has_ood"] else {}
-    keys["objective"] = "objective"
-    rivals = [row for row in document["baselines"] if row["outcome"] == "complete"]
-    rows, differences = [], []
-    for row in (best, *rivals):
-        values = [(best["metrics"].get(key), row["metrics"].get(key)) for key in keys.values()]
-        role = "best" if row is best else "baseline"
-        cells = [_cell(value) for _, value in values]
-        rows.append({"name": row["name"], "role": role, "alpha": row["alpha"], "cells": cells})
-        gaps = [None if own is None or value is None else _cell(own - value) for own, value in values]
-        differences.append({"name": f"{best['name']} - {row['name']}", "cells": gaps})
-    return {"label": "Validation sets, the search", "sets": [*keys], "rows": rows, "differences": differences[1:]}
 
 
 def changed_images(

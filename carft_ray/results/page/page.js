@@ -220,7 +220,7 @@
     const table = doc.tables[0], sets = table.sets;
     const marks = ["circle", "star", "square", "diamond", "triangle-up", "x", "cross", "triangle-down"];
     const tones = ["best", "ink", "blue", "green", "purple", "orange", "grey", "muted"];
-    const first = table.rows.filter((row) => ["best", "winner"].includes(row.role)), others = table.rows.filter((row) => row.role === "baseline" && !row.name.endsWith(", alpha 1"));
+    const first = table.rows.filter((row) => row.role === "winner"), others = table.rows.filter((row) => row.role === "baseline" && !row.name.endsWith(", alpha 1"));
     const drawn = [...first, ...others].slice(0, 8), all = drawn.flatMap((row) => row.cells.flatMap((cell) => (cell ? [cell.mean, cell.low ?? cell.mean, cell.high ?? cell.mean] : []))).map((value) => 100 * value);
     const margin = 0.06 * (Math.max(...all) - Math.min(...all)) + 0.5;
     const traces = drawn.map((row, i) => ({
@@ -377,7 +377,7 @@
       const won = found?.rows.find((row) => row.role === "winner");
       if (won) rows.push([won.name === best.name ? name : `${name}, ${won.name}`, won.objective.mean, won.objective.ends]); // else of an earlier best, or chosen by a confirm
     }
-    const rival = report.headline && doc.baselines.find((row) => row.name === report.headline.baseline);
+    const rival = doc.baselines.find((row) => row.name === report.evidence.nearest);
     if (rival) rows.push([`${spaced(rival.name)}, as measured`, rival.objective, null]);
     const shapes = ["x", "circle", "circle", "circle", "circle", "square"], tones = rows.map(([name]) => colour(name.startsWith("as measured") ? "best" : rival && name.startsWith(spaced(rival.name)) ? "ink" : "blue"));
     const traces = [{ y: rows.map((row) => (isNarrow(element) ? row[0].replace(", ", ",<br>") : row[0])), x: rows.map((row) => 100 * row[1]), mode: "markers+text", text: rows.map((row) => percent(row[1])), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.1f} %<extra></extra>", marker: { size: 11, color: tones, symbol: rows.map((row, i) => (i === 0 ? "x" : rival && i === rows.length - 1 ? "square" : shapes[1])) },

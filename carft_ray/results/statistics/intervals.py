@@ -1,4 +1,4 @@
-"""Intervals over seeds and images, crossed; in words, with the sentence on what a search has gained over a baseline.
+"""Intervals over seeds and images, crossed.
 
 Every seed is evaluated on the same images, so seeds and images are two crossed random effects (the multi-bootstrap of
 MultiBERTs, arXiv 2106.16163, in closed form). An interval is over new seeds and new images, and printed with these
@@ -18,10 +18,7 @@ import scipy  # its modules load when they are first used
 
 from carft_ray.evaluation.metrics import LEVEL, wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.evaluation.predictions import BoolArray
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.statistics.images import ImagesBySet, joined_width, parts
-from carft_ray.study.training import TrialRow
 
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
 OVER_IMAGES = "over images; one training: seeds not covered"
@@ -317,96 +314,6 @@ def worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
     if any(gap.mean <= gap.standard_error for gap in gaps):
         return ["worst_domain: approximate, another OOD set is within one standard error of the lowest"]
     return []
-
-
-def headline(
-    difference: Interval, baseline: str, is_measured_again: bool = True, adjusted_p: float | None = None
-) -> str:
-    """Returns the one sentence about winner - baseline, in points: shown where p < 0.05, with the 95 % interval.
-
-    Underscores in the name of the baseline are written as spaces.
-
-    ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
-    baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
-
-    Args:
-        difference: Winner - baseline.
-        baseline: Its name.
-        is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
-            ``measured higher than`` or ``measured lower than``, and no improvement.
-        adjusted_p: The p-value adjusted for several comparisons: it decides in place of the difference's own, and the
-            sentence contains it. The interval may then exclude 0 although nothing is shown.
-    """
-    (low, high), baseline = difference.ends, baseline.replace("_", " ")
-    p, told = difference.p_value, ""
-    if adjusted_p is not None:
-        p, told = adjusted_p, f", adjusted {p_words(adjusted_p)}"
-    better, worse = (
-        ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
-    )
-    if p >= 1 - LEVEL:
-        points = in_points(difference.mean, difference.ends, signed=True)
-        return f"no improvement over {baseline} shown ({points} points{told})"
-    if difference.mean > 0:
-        return f"{better} {baseline} by {in_points(difference.mean, (low, high))} points{told}"
-    return f"{worse} {baseline} by {in_points(-difference.mean, (-high, -low))} points{told}"
-
-
-def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
-    """Returns a mean and the ends of its interval in points."""
-    form = "+.1f" if signed else ".1f"
-    low, high = ends
-    return f"{100 * mean:{form}} {_ends(low, high, form)}"
-
-
-def p_words(value: float) -> str:
-    """Returns a p-value in words; rounding never moves it across 0.05."""
-    if value < 1e-4:
-        return "p < 0.0001"
-    text = f"{value:.2g}"
-    return f"p = {text}" if text != "0.05" else f"p {'<' if value < 0.05 else '>'} 0.05"
-
-
-def _ends(low: float, high: float, form: str) -> str:
-    """Returns the ends of an interval in points; one that is not 0 is not shown as 0, so that its side of 0 shows."""
-    forms = [form if end == 0 or abs(end) >= 0.0005 else form.replace("f", "g") for end in (low, high)]
-    return f"[{100 * low:{forms[0]}}, {100 * high:{forms[1]}}]"
-
-
-def against_baseline(
-    recipe: Recipe,
-    spec: ObjectiveSpec,
-    best: TrialRow,
-    baselines: Sequence[TrialRow],
-    chosen: Mapping[str, Mapping[str, BoolArray]],
-) -> dict[str, Any] | None:
-    """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
-
-    Args:
-        recipe: The study's recipe.
-        spec: Of ``results.stored.read_stored``, as ``chosen``.
-        best: The best trial.
-        baselines: Complete baselines.
-        chosen: Correctness of all of them.
-    """
-    if not baselines:
-        return None
-    rival = max(baselines, key=lambda row: row.objective or 0.0)
-    one, other = (chosen[row.name] for row in (best, rival))
-    difference = objective_difference(spec, one, other)
-    sentence, of = headline(difference, rival.name, is_measured_again=False), ""
-    if recipe.search.objective.kind == "pareto":
-        weight = recipe.search.objective.id_weight
-        of = f" by {weight:g} ID + {1 - weight:g} OOD"
-    measured = f"Best trial and baseline{of}, each at its own alpha, on the images used for selection"
-    return {
-        "baseline": rival.name,
-        "mean": difference.mean,
-        "ends": difference.ends,
-        "words": difference.words,
-        "sentence": sentence,
-        "line": f"{measured}: {best.name}: {sentence}; 95 % interval {difference.words}.",
-    }
 
 
 def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet) -> Interval:
