@@ -38,6 +38,7 @@ from carft_ray.launch.command import Plan, train_once
 from carft_ray.model.catalog import check_model
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.results.delivered import Choice
 from carft_ray.results.export.export import export_model, model_card, preprocessing, usage
 from carft_ray.results.export.onnx import write_onnx
 from carft_ray.results.export.verify import TOLERANCE
@@ -100,9 +101,16 @@ def trained(tmp_path_factory):
 def export(trained, tmp_path_factory):
     """The biased form in all formats; the libraries that open them say nothing on the terminal."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        found = export_model(trained["biased"], tmp_path_factory.mktemp("exports") / "biased", None, tuple(FILES))
+        found = export_model(
+            trained["biased"], tmp_path_factory.mktemp("exports") / "biased", choice(trained["biased"]), tuple(FILES)
+        )
     assert said.getvalue() == ""
     return found
+
+
+def choice(training, alpha=None):
+    """A training that nothing has measured again, at its alpha or at another one."""
+    return Choice(training.name, training.result["alpha"] if alpha is None else alpha, "searched", "0" * 64, "it")
 
 
 def stock_counts(exports, images):
@@ -133,7 +141,7 @@ def right_and_close(training, tolerance):
 @pytest.mark.whole
 def test_stock_libraries_reproduce_the_reported_accuracy_from_the_images(trained, export, tmp_path):
     """Nothing of ours is imported; the code is that of each model card."""
-    plain = export_model(trained["plain"], tmp_path / "plain")
+    plain = export_model(trained["plain"], tmp_path / "plain", choice(trained["plain"]))
     images = Path(trained["plain"].recipe.data.id_val.path) / "photo_val"
     found = stock_counts([export, plain], images)
     for form, training in trained.items():
@@ -167,7 +175,7 @@ def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_is_no_t
 def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trained):
     training = trained["plain"]
     for alpha in (0.0, training.result["alpha"]):
-        card, metrics = model_card(training, alpha, (), False), evaluate_trained(training, alpha)[0]
+        card, metrics = model_card(training, choice(training, alpha), (), False), evaluate_trained(training, alpha)[0]
         rows = dict(re.findall(r"^\| (id_val|sketch) \| ([\d.]+) \|", card, re.M))
         assert rows == {name: f"{100 * metrics[f'accuracy/{name}']:.1f}" for name in ("id_val", "sketch")}
         assert f"Measured at alpha = {alpha:g}" in card
@@ -176,10 +184,10 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trai
     data = training.recipe.data.model_copy(update={"ood_val": {}})
     alone = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"data": data}))
     told = "Selected on ID only: the recipe has no ood_val."
-    assert [told in model_card(each, alpha, (), False) for each in (training, alone)] == [False, True]
+    assert [told in model_card(each, choice(each, alpha), (), False) for each in (training, alone)] == [False, True]
     model = training.recipe.model.model_copy(update={"name": "sandbox"})  # on images that are not drawn
     toy = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"model": model}))
-    assert "synthetic" not in model_card(toy, alpha, (), False)
+    assert "synthetic" not in model_card(toy, choice(toy, alpha), (), False)
 
 
 def test_the_zero_shot_head_scores_mixed_features(trained):
@@ -245,12 +253,12 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
     clip = load_folder(folder)
     other = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=clip))
     monkeypatch.setattr("carft_ray.results.export.export.farthest_logit", lambda *given: 0.0)  # seconds
-    export = export_model(other, tmp_path / "export")
+    export = export_model(other, tmp_path / "export", choice(other))
     assert load_folder(export.folder).tokenizer(["a dark circle"])[0, :5].tolist() == [4, 9, 3, 2, 1]
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
     assert not [path.name for path in export.folder.glob("tok*") if str(tmp_path) in path.read_text()]
     with pytest.raises(UsageError, match="a model with a tokenizer of another kind"):
-        export_model(other, tmp_path / "refused", None, ("huggingface",))
+        export_model(other, tmp_path / "refused", choice(other), ("huggingface",))
 
 
 def not_a_number(path, state, about=None):
@@ -289,7 +297,7 @@ def test_an_export_of_other_logits_never_takes_its_name(trained, tmp_path, monke
     for module in ("export", "huggingface"):
         monkeypatch.setattr(f"carft_ray.results.export.{module}.save_tensors", save)
     with pytest.raises(StorageError) as caught:
-        export_model(trained["plain"], tmp_path / "export", None, (name,))
+        export_model(trained["plain"], tmp_path / "export", choice(trained["plain"]), (name,))
     assert str(caught.value).startswith(f"{tmp_path / 'export'}: {message}")
     assert list(tmp_path.iterdir()) == []
 
@@ -297,7 +305,7 @@ def test_an_export_of_other_logits_never_takes_its_name(trained, tmp_path, monke
 def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
-        export_model(trained["plain"], tmp_path / "export", None, ("huggingface", "onnx"))
+        export_model(trained["plain"], tmp_path / "export", choice(trained["plain"]), ("huggingface", "onnx"))
     for name, libraries, extra in (("huggingface", "transformers", "hf"), ("onnx", "onnx and onnxscript", "onnx")):
         assert f"--format: {name} needs {libraries}" in str(caught.value)
         assert f"Install it: pip install 'carft-ray[{extra}]'" in str(caught.value)
@@ -334,7 +342,7 @@ def write_webdataset(root, images, class_names, templates):
 @pytest.mark.whole
 def test_clip_benchmark_gives_the_accuracy_of_evaluate_with_the_zero_shot_head(trained, tmp_path, capsys):
     training = trained["plain"]
-    plain = export_model(training, tmp_path / "plain")
+    plain = export_model(training, tmp_path / "plain", choice(training))
     place, inputs = Path(training.recipe.data.id_val.path), training.inputs
     write_webdataset(tmp_path / "wds", place / "photo_val", inputs.class_names, inputs.templates)
     found = clip_benchmark(plain.folder, "id_val", tmp_path / "wds")
@@ -408,7 +416,7 @@ def test_names_stand_on_the_card_as_they_are(tiny_clip):
     result = {"curve": [point], "alpha": 1.0, "num_images": {"id_val": 8}, "train": {"epochs": 2}}
     inputs = SimpleNamespace(clip=tiny_clip, class_names=strange)
     trained = SimpleNamespace(recipe=recipe, result=result, inputs=inputs, name="run_<b>", shared=["<i> and `j`"])
-    card = model_card(trained, 1.0, (), has_bias=False)
+    card = model_card(trained, choice(trained), (), has_bias=False)
     assert r"\[x\](https://elsewhere.example), \<img src=x\>, a\|b, \`c\`\\x1b, line # two" in card
     assert r"from run\_\<b\>." in card
     assert r"- \<i\> and \`j\`" in card

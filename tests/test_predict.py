@@ -24,8 +24,6 @@ import carft_ray
 from carft_ray.data.listing import sample_id
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.export.export import export_model
-from carft_ray.results.reading.trained import open_trained
 from carft_ray.untrusted import of_csv_cell
 
 pytestmark = pytest.mark.slow  # trainings, and stock libraries in processes of their own
@@ -65,7 +63,7 @@ def study(tmp_path_factory):
     Image.new("RGB", (24, 20), (200, 55, 128)).save(damaged, exif=b"garbage!")
     overrides = ["train.head_bias=true", "train.alpha=0.7", "train.precision=fp32", "train.epochs=2"]
     train_once(Plan(load_recipe(path, [*overrides, "data.cache_dir=cache", "data.shared_images=keep"]), folder / "run"))
-    export_model(open_trained(folder / "run"), folder / "export", None, FORMATS)
+    carft_ray.export(folder / "run", folder / "export", formats=FORMATS)
     return folder
 
 

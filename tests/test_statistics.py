@@ -215,6 +215,7 @@ def test_an_improvement_is_shown_if_the_interval_of_every_baseline_is_above_zero
          "is fine_tuning (+2.0 [+1.0, +3.0])"),
         ((equal, open_one), False, "no improvement over l2_sp shown (-0.1 [-1.1, +0.9] points), nor over lp_ft "
          "(+8.4 [-6.3, +23.1])"),
+        ((equal, behind, gap("paper", -0.03, 0.04)), False, "worse than l2_sp by 2.0 [1.0, 3.0] points"),
         ((far, behind), False, "worse than l2_sp by 2.0 [1.0, 3.0] points"),
         ((gap("l2_sp", 0.0, 0.0),), False, "no improvement over l2_sp shown (+0.0 [+0.0, +0.0] points)"),
     ):  # fmt: skip
@@ -396,7 +397,7 @@ def test_differences_are_paired_and_each_has_its_own_p_value(correct, found):
     assert compared(correct, baselines=("fine_tuning",))["headline"].startswith("t0007: improves on fine_tuning by 7.")
     worse = compared(correct, "fine_tuning", ("paper",))
     assert worse["measured_higher"] == ["t0007", "t0002"]
-    assert any(line.startswith("t0007 measured higher than the winner") for line in comparison_lines(worse))
+    assert any(line.startswith("t0007 measured higher: ") for line in comparison_lines(worse))
     assert compared(correct, baselines=())["headline"] is None
 
 

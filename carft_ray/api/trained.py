@@ -74,16 +74,18 @@ def export(
 ) -> "Exported":
     """Writes the mixed model for open_clip, transformers or onnxruntime; each library opens its export as a check.
 
+    By default it is the model that the study delivers: the tested one, else the best of the winner's trainings.
+
     Args:
         folder: Of a training or a study, or the address of one in a bucket.
         to: Folder of the export; must be new or empty.
         formats: Any of ``open_clip``, ``huggingface`` and ``onnx``; default: open_clip.
         alpha: Same as in ``evaluate``.
-        trial: Same as in ``evaluate``.
+        trial: Same as in ``evaluate``; None: that model. Another one is marked as not tested.
         trust_paths: Same as in ``resume``.
 
     Returns:
-        Folder, alpha, and the largest difference of a logit per format.
+        Folder, training, alpha, and the largest difference of a logit per format.
 
     Raises:
         UsageError: A format is unknown or cannot store the model, ``to`` is not empty; or as in ``evaluate``.
@@ -91,12 +93,17 @@ def export(
         StorageError: It cannot be written, or the reopened model gives other logits.
     """
     _check_alpha(alpha)
+    from carft_ray.results.delivered import chosen
     from carft_ray.results.export.export import export_model, parse_formats
-    from carft_ray.results.reading.trained import open_trained
+    from carft_ray.results.reading.study_view import require_study
+    from carft_ray.results.reading.trained import folder_of_models, open_trained
 
     asked = parse_formats(several(formats))
-    trained = open_trained(folder, trial, f"export {{}} --to {shlex.quote(str(to))}", trust_paths, with_sets=False)
-    return export_model(trained, Path(to), alpha, asked)
+    study_dir = require_study(folder_of_models(folder), "must be a study or the folder of a training")
+    about = chosen(study_dir, trial, alpha)
+    command = f"export {{}} --to {shlex.quote(str(to))}"
+    trained = open_trained(study_dir, about.trial, command, trust_paths, with_sets=False)
+    return export_model(trained, Path(to), about, asked)
 
 
 @as_command

@@ -89,13 +89,17 @@ def export(
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the mixed model for open_clip, transformers or onnxruntime. The library then loads it, as a check."""
+    """Write the tested model, or the best one so far, for open_clip, transformers or onnxruntime.
+
+    The library then loads it, as a check.
+    """
     from carft_ray.api import trained
 
     exported = trained.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
-    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each format was opened with its own library:")
+    console.say(f"{exported.said}.")
+    console.say(f"Exported to {to}. Each format was opened with its own library:")
     for name, difference in exported.formats.items():
         console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
     predict = common.command_line("predict", to, "my_images", to="predictions.csv")

@@ -443,6 +443,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         recipe.search.objective.id_margin,
         stage.seeds,
         searched=winner.objective,
+        missing=missing_baselines(stage, [row for row, _ in whole]),
     )
     content = {
         **found,
@@ -507,6 +508,12 @@ def whole_rows(stage: Stage, trainings: Sequence[TrialRow]) -> list[tuple[PlanRo
     complete = {row.name: row for row in trainings if row.outcome == "complete"}
     rows = [(row, stage.names(row)) for row in stage.rows]
     return [(row, [complete[name] for name in names]) for row, names in rows if all(name in complete for name in names)]
+
+
+def missing_baselines(stage: Stage, whole: Sequence[PlanRow]) -> list[str]:
+    """Returns the names of the baselines of a stage that are none of the rows with all their trainings."""
+    known = {row.name for row in whole}
+    return [row.name for row in stage.rows if row.role == "baseline" and row.name not in known]
 
 
 def row_correct(

@@ -1,8 +1,9 @@
 """Evidence: what a search, a confirm or a test has shown, as one document. One comparer, one writer of lines.
 
-A document is about *values* ("train with these": several trainings with fresh seeds) or about a *model* ("this file":
-one training, at one alpha). "Improves on" is said of values by a test with at least three fresh seeds, and of a model
-by a test. Everything else was "measured higher": on the images used for selection, or with too few seeds.
+A document is about *values* ("train with these": trainings with several fresh seeds, or the one of the search) or about
+a *model* ("this file": one training, at one alpha). "Improves on" is said of values by a test with at least three fresh
+seeds, and of a model by a test. Everything else was "measured higher": on the images used for selection, or with too
+few seeds.
 
 The winner improves on every baseline if the lower end of the 95 % interval of its difference from each of them is
 above 0 (an intersection-union test, Berger 1982: a one-sided p below .025 in every row). No baseline is chosen, and
@@ -32,6 +33,7 @@ CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 AT_ONE = ", alpha 1"  # behind the name of a baseline that is there once more
 ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
+MAY, MEASURED = ("improves on", "worse than"), ("measured higher than", "measured lower than")
 NO_BASELINE = "no baseline to compare with"
 LABELS: dict[Kind, str] = {
     "search": "validation images used for selection",
@@ -50,6 +52,7 @@ def compare(
     seeds: Sequence[int] = (),
     searched: float | None = None,
     label: str = "",
+    missing: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compares the winner with all other configurations.
 
@@ -65,13 +68,14 @@ def compare(
         seeds: Fresh seeds of the trainings.
         searched: The search's objective of the winner, for the optimism.
         label: What was measured; default: of ``LABELS``.
+        missing: Names of baselines that have no result, and are not compared.
 
     Returns:
         Plain data, intervals as of ``Interval.data``: ``kind``, ``subject``, ``seeds``, ``label``, ``winner``,
-        ``id_margin``; ``rows`` as given, each with ``objective``, ``id_accuracy``, ``ood_accuracy`` (None without an
-        OOD set) and ``sets``; ``optimism`` (None without ``searched``): ``searched``, ``value`` = searched - mean,
-        ``se`` = s sqrt(1 + 1 / r) with s the pooled sd between seeds, at least that of their residual (None with one
-        seed); and the rest as of ``judged``.
+        ``id_margin``, ``missing``; ``rows`` as given, each with ``objective``, ``id_accuracy``, ``ood_accuracy`` (None
+        without an OOD set) and ``sets``; ``optimism`` (None without ``searched``): ``searched``, ``value`` = searched
+        - mean, ``se`` = s sqrt(1 + 1 / r) with s the pooled sd between seeds, at least that of their residual (None
+        with one seed); and the rest as of ``judged``.
 
     Raises:
         ValueError: The numbers of seeds or images do not belong together.
@@ -90,6 +94,7 @@ def compare(
         "label": label or LABELS[kind],
         "winner": winner,
         "id_margin": id_margin,
+        "missing": list(missing),
         "rows": [{**row, **_measured(spec, correct[row["name"]])} for row in rows],
         "optimism": None if searched is None else _optimism(spec, correct, winner, searched),
     }
@@ -137,33 +142,43 @@ def headline(document: Document) -> str:
     """Returns the one sentence about the winner and its baselines, in points with the 95 % interval.
 
     ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign; where neither is shown
-    the difference winner - baseline has its sign. The nearest baseline is named, and if another one is not shown to be
-    beaten, the one of these with the lowest end.
+    the difference winner - baseline has its sign. Named are a baseline that is better, else the nearest one, and of
+    those that are not shown to be beaten the one with the lowest end of its interval.
 
     Args:
         document: ``kind``, ``subject``, ``seeds``, ``winner``, ``rows`` and at least one of ``baselines``.
     """
-    gaps, near = document["baselines"], nearest(document["baselines"])
-    better, worse = (
-        ("improves on", "worse than") if may_claim(document) else ("measured higher than", "measured lower than")
-    )
+    gaps, near, about = document["baselines"], nearest(document["baselines"]), told_of(document)
+    better, worse = MAY if may_claim(document) else MEASURED
     winner = document["winner"]
     if document["subject"] == "model":
         alpha = next(row["alpha"] for row in document["rows"] if row["name"] == winner)
         winner = f"this model, {winner} at alpha {alpha:.2f}"
-    open_ones = [gap for gap in gaps if gap["objective"]["ends"][0] <= 0]
-    if not open_ones:
-        whom = near["other"] if len(gaps) == 1 else f"every baseline, the nearest one, {near['other']},"
+    low, high = about["objective"]["ends"]
+    if low > 0:
+        whom = near["other"]
+        if len(gaps) > 1:
+            every = "every baseline that was compared" if document.get("missing") else "every baseline"
+            whom = f"{every}, the nearest one, {whom},"
         return f"{winner}: {better} {whom} by {_points(near)} points"
-    if near["objective"]["ends"][1] < 0:
-        mean, (low, high) = near["objective"]["mean"], near["objective"]["ends"]
-        return f"{winner}: {worse} {near['other']} by {in_points(-mean, (-high, -low))} points"
-    weakest = min(open_ones, key=lambda gap: gap["objective"]["ends"][0])
-    first = near if near in open_ones else weakest
-    said = f"{winner}: no improvement over {first['other']} shown ({_points(first, signed=True)} points)"
-    if weakest is not first:
+    if high < 0:
+        return f"{winner}: {worse} {about['other']} by {in_points(-about['objective']['mean'], (-high, -low))} points"
+    said = f"{winner}: no improvement over {about['other']} shown ({_points(about, signed=True)} points)"
+    weakest = min(gaps, key=lambda gap: gap["objective"]["ends"][0])
+    if weakest is not about:
         return f"{said}, nor over {weakest['other']} ({_points(weakest, signed=True)})"
-    return said if first is near else f"{said}; the nearest baseline is {near['other']} ({_points(near, signed=True)})"
+    return said if about is near else f"{said}; the nearest baseline is {near['other']} ({_points(near, signed=True)})"
+
+
+def told_of(document: Document) -> Mapping[str, Any]:
+    """Returns the difference that the headline is about; see there."""
+    gaps = document["baselines"]
+    worse = [gap for gap in gaps if gap["objective"]["ends"][1] < 0]
+    near = nearest(worse or gaps)
+    if near["objective"]["ends"][0] <= 0:
+        return near
+    weakest = min(gaps, key=lambda gap: gap["objective"]["ends"][0])
+    return near if weakest["objective"]["ends"][0] > 0 else weakest
 
 
 def differences(spec: ObjectiveSpec, one: ValuesBySet, other: ValuesBySet) -> dict[str, Interval]:
@@ -215,7 +230,10 @@ def _optimism(
 
 def row_lines(found: Document) -> list[str]:
     """Returns the configurations of a document as lines of text."""
-    lines = [f"{found['label'][:1].upper()}{found['label'][1:]}, accuracies in percent with 95 % intervals:"]
+    what = f"{found['label'][:1].upper()}{found['label'][1:]}"
+    if found["subject"] == "model":
+        what += ", models: each is the best on validation of its own trainings"
+    lines = [f"{what}; accuracies in percent with 95 % intervals:"]
     for row in found["rows"]:
         shown = {"objective": row["objective"], "ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"]}
         numbers = [f"{what} {in_points(each['mean'], each['ends'])}" for what, each in shown.items() if each]
@@ -243,12 +261,15 @@ def comparison_lines(found: Document) -> list[str]:
         lines.append(f"    {gap['other']}: {_points(gap, signed=True)}{told}")
     if found["baselines"]:
         lines.append(
-            "    p: how often chance alone gives so large a difference, each for itself. It decides nothing: an "
-            "improvement is shown if the intervals of all baselines are above 0. Keeps ID: at most "
-            f"{counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
+            "    p: how often chance alone gives so large a difference, not adjusted for the number of baselines. It "
+            "decides nothing: a test shows an improvement if the intervals of all baselines are above 0. Keeps ID: at "
+            f"most {counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
         )
     for name in found["measured_higher"]:
-        lines.append(f"{name} measured higher than the winner: its interval is below 0. The winner was fixed before.")
+        lines.append(
+            f"{name} measured higher: the interval of {found['winner']} minus it is below 0. The winner was fixed "
+            "before and stays."
+        )
     if optimism := found["optimism"]:
         se = "" if optimism["se"] is None else f", standard error {100 * optimism['se']:.1f}"
         then = f"{100 * optimism['searched']:.1f} in the search, minus the winner's mean over these seeds"
@@ -256,6 +277,7 @@ def comparison_lines(found: Document) -> list[str]:
     objectives = [row["objective"] for row in found["rows"]]
     num_seeds = max(each["num_seeds"] for each in objectives)
     # a row of one seed among others with more is the zero-shot model, which has none to cover
+    lines += [f"Not compared, since a training of it has failed: {name}." for name in found.get("missing", ())]
     notes = dict.fromkeys(note for each in objectives if each["num_seeds"] == num_seeds for note in each["notes"])
     lines += [f"Note: {note}." for note in notes]
     return [*lines, *headline_lines(found)]
@@ -265,7 +287,7 @@ def headline_lines(found: Document) -> list[str]:
     """Returns the headline of a document as a line of text; none without a baseline."""
     if not found["baselines"]:
         return []
-    return [f"{found['headline']}; {found['label']}; 95 % interval {nearest(found['baselines'])['objective']['over']}."]
+    return [f"{found['headline']}; {found['label']}; 95 % interval {told_of(found)['objective']['over']}."]
 
 
 def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:

@@ -35,6 +35,7 @@ from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.schema.data import TEST_ROLES
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.results import test_summary
+from carft_ray.results.delivered import require_weights_of
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import Trained, open_run, require_weights, start_of_study
 from carft_ray.results.test_summary import changed_lines, compared_rows, read_record, summarise
@@ -97,10 +98,14 @@ def read_sealed(
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
         compared = compared_rows(study_dir, recipe) if entry is None else entry.details
-        runs = _alphas_by_run(compared["rows"])
+        models = compared.get("models") or []  # an earlier carft-ray has fixed none
+        runs = _alphas_by_run([*compared["rows"], *models])
         trained = _trainings(study_dir, runs.keys() - {ZERO_SHOT})
         for row in trained.values():
             require_weights(study_dir, row, recipe)
+        for model in models:
+            for run in model["runs"]:
+                require_weights_of(study_dir, trained[run], model)
         digests, problems = _digests(recipe)
         noted = ledger.noted_test_sets(log)
         if entry is None:

@@ -103,23 +103,27 @@ def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
     if not files.exists(path):
         return None
     content: dict[str, Any] = typed.checked(typed.Compared, files.read_json(study_dir, f"{of}/{SUMMARY}"), str(path))
-    for found in (content, content.get("without_shared_images")):
-        if found:
-            _require_rows(found, str(path))
     subject: Subject = "values" if of == CONFIRM or content.get("confirmed") else "model"
-    about = {"kind": "confirm" if of == CONFIRM else "test", "subject": subject, "seeds": content.get("seeds", [])}
-    if without := content.get("without_shared_images"):
-        content["without_shared_images"] = judged({**without, **about})
-    return judged({**content, **about})
+    about = {"kind": "confirm" if of == CONFIRM else "test", "seeds": content.get("seeds", [])}
+    if model := content.get("model"):
+        content["model"] = _told(model, {**about, "subject": "model"}, str(path))
+    return _told(content, {**about, "subject": subject}, str(path))
 
 
-def _require_rows(found: Mapping[str, Any], path: str) -> None:
-    """Raises a ``StorageError`` if the winner, or what it is compared with, is none of the rows."""
+def _told(found: dict[str, Any], about: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns a stored document as it is judged now.
+
+    Raises:
+        StorageError: The winner, or what it is compared with, is none of the rows.
+    """
     roles = {row["name"]: row["role"] for row in found["rows"]}
     if roles.get(found["winner"]) != "winner":
         raise typed.wrong(path, "the winner must be one of the rows", found["winner"])
     if others := [gap["other"] for gap in (*found["baselines"], *found["others"]) if gap["other"] not in roles]:
         raise typed.wrong(path, "each difference must be from one of the rows", others[0])
+    if without := found.get("without_shared_images"):
+        found["without_shared_images"] = _told(without, about, path)
+    return judged({**found, **about})
 
 
 def of_search(

@@ -10,7 +10,6 @@ cannot be written or read, a line says so. Not known here are reads with another
 was added or left out. Of a corrupted set the images without corruptions count.
 """
 
-import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,17 +26,18 @@ from carft_ray.data.copies.find import SharedRow
 from carft_ray.data.copies.shared_images import shared_counts
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import correct_matrix, sample_ids
+from carft_ray.evaluation.predictions import BoolArray, correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import Stage, last_stage, options_to_go_on, read_plan, whole_rows
-from carft_ray.results.evidence import compare, comparison_lines
+from carft_ray.results.delivered import models_of_confirm, models_of_search
+from carft_ray.results.evidence import Subject, compare, comparison_lines, row_lines
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.place import named
-from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, confirmations, require_finished, trials
+from carft_ray.study.rows import ZERO_SHOT, confirmations, rows_by_kind
 from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import counted, times
 
@@ -61,7 +61,8 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
         ``confirmed``: whether they were trained on fresh seeds after the search; ``seeds`` of data order and views, the
         same for all rows; ``rows``, the winner first: ``name``, ``role`` (``winner``, ``candidate`` or ``baseline``),
         ``alpha``, which is never chosen again, ``objective`` in the search, and ``runs``, folders of its trainings in
-        the order of the seeds; none for zero-shot.
+        the order of the seeds; none for zero-shot. ``models``: as of ``delivered``; empty without a confirm: then the
+        rows themselves are models. ``missing``: baselines that failed with a fresh seed.
 
     Raises:
         NoSuccessfulTrialError: The search has no finished trial, or a confirm was begun and is not finished.
@@ -70,16 +71,8 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
     stage = last_stage(study_dir)
     if stage is not None:
         return _of_confirm(study_dir, recipe, stage)
-    best = require_finished(study_dir, best_row(trials(study_dir)))
-    rows = []
-    for row in (best, *baselines(study_dir)):
-        if row.objective is not None:
-            runs = [] if row.name == ZERO_SHOT else [row.training]
-            role = "winner" if row is best else "baseline"
-            rows.append(
-                {"name": row.name, "role": role, "alpha": row.alpha or 0.0, "objective": row.objective, "runs": runs}
-            )
-    return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows}
+    rows = models_of_search(study_dir, rows_by_kind(study_dir))
+    return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows, "models": []}
 
 
 def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -102,7 +95,8 @@ def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]
     for row in sorted(whole, key=lambda row: row.role != "winner"):
         runs = [f"{CONFIRM}/{name}" for name in stage.names(row)]  # none of the zero-shot model
         rows.append({"name": row.name, "role": row.role, "alpha": row.alpha, "objective": row.objective, "runs": runs})
-    return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows}
+    models = models_of_confirm(study_dir, rows_by_kind(study_dir), *(read_plan(study_dir) or (stage, None)))
+    return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows, "models": models}
 
 
 def read_record(
@@ -149,39 +143,44 @@ def summarise(
         tables: Predictions on the test sets by the folder of the training, zero-shot by its name.
         record: Of this read (``read_record``).
     """
-    spec, rows = objective_on_test(recipe), compared["rows"]
-    evaluations = {
-        row["name"]: [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)] for row in rows
-    }
-    correct = {row: {name: correct_matrix(found, name) for name in spec.sets} for row, found in evaluations.items()}
-    facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
-    compare_rows = functools.partial(
-        compare,
-        "test",
-        "values" if compared["confirmed"] else "model",
-        rows=facts,
-        id_margin=recipe.search.objective.id_margin,
-        seeds=compared["seeds"],
-    )
-    table, alpha = next(iter(evaluations.values()))[0]
-    ids = {name: sample_ids(table, name, alpha) for name in spec.sets}
-    found = compare_rows(with_images(spec, recipe, ids), correct=correct)
+    spec, models = objective_on_test(recipe), compared.get("models")  # an earlier carft-ray has fixed none
+    rows = [*compared["rows"], *(models or ())]
+    first = rows[0]
+    table = tables[(first["runs"] or [ZERO_SHOT])[0]]
+    ids = {name: sample_ids(table, name, first["alpha"]) for name in spec.sets}
     alone = {name: ~np.isin(own, _shared_ids(shared, name)) for name, own in ids.items()}
-    without_shared = None
+    masks: list[dict[str, BoolArray] | None] = [None]
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
-        fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
-        of_fewer = with_images(spec, recipe, {name: own[alone[name]] for name, own in ids.items()})
-        label = "test sets without images that are in other roles"
-        without_shared = compare_rows(of_fewer, correct=fewer, label=label)
-        without_shared["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
+        masks.append(alone)
+
+    def measured(rows: Sequence[Mapping[str, Any]], subject: Subject) -> dict[str, Any]:
+        correct = {}
+        for row in rows:
+            found = [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)]
+            correct[row["name"]] = {name: correct_matrix(found, name) for name in spec.sets}
+        facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
+        margin, seeds, documents = recipe.search.objective.id_margin, compared["seeds"], []
+        for mask in masks:
+            own, fewer, label = ids, correct, ""
+            if mask is not None:
+                own = {name: own[mask[name]] for name, own in ids.items()}
+                fewer = {row: {name: x[:, mask[name]] for name, x in sets.items()} for row, sets in correct.items()}
+                label = "test sets without images that are in other roles"
+            images = with_images(spec, recipe, own)
+            documents.append(compare("test", subject, images, facts, fewer, margin, seeds, label=label))
+        whole, *without = documents
+        for each in without:
+            each["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
+        return {**whole, "without_shared_images": without[0] if without else None}
+
     return {
         **record,
         "confirmed": compared["confirmed"],
         "sets": {name: len(mask) for name, mask in alone.items()},
         "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
-        **found,
+        **measured(compared["rows"], "values" if compared["confirmed"] else "model"),
+        "model": measured(models, "model") if models else None,
         "shared_images": shared_counts(shared),
-        "without_shared_images": without_shared,
     }
 
 
@@ -193,7 +192,9 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
     if ood := [f"{name} ({count})" for name, count in content["sets"].items() if name != ID_TEST]:
         sets += f" OOD mean: over {', '.join(ood)}."
     seeds = f"{len(content['seeds'])} fresh seeds" if content["confirmed"] else "one training each"
-    without = content["without_shared_images"]
+    model = content.get("model")
+    parts = [model, content] if model else [content]
+    compared = [each for part in parts for each in (part["without_shared_images"], part) if each]
     return [
         f"Test read {content['read']}, {content['time']} by {content['user']}{reason}.",
         *([f"The search was continued {times(again)} after a test read."] if again else []),
@@ -201,8 +202,8 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
         *lines_of_other_reads(content["elsewhere"]),
         sets,
         f"{seeds}; alphas were chosen on the validation sets.",
-        *(comparison_lines(without) if without else []),
-        *comparison_lines(content),
+        *(row_lines(model) if model else []),
+        *(line for each in compared for line in comparison_lines(each)),
     ]
 
 

@@ -65,9 +65,9 @@ def card(document: Document, form: str = "text") -> str:
 def _measured(document: Document, found: Document) -> list[Line]:
     """Returns the lines of the best evidence (``results.evidence``): result, accuracies, seeds."""
     winner = next(row for row in found["rows"] if row["role"] == "winner")
-    is_new, without = found["kind"] == "test", found.get("without_shared_images")
+    is_new, more = found["kind"] == "test", (found.get("without_shared_images"), found.get("model"))
     said = headline_lines(found) or [f"{NO_BASELINE}; {found['label']}."]
-    said += headline_lines(without) if without else []
+    said += [line for each in more if each for line in headline_lines(each)]
     said += later_best(found, document["status"]["best"]["name"]) if document["status"]["best"] else []
     said += [] if is_new else [CHOSEN_HERE]
     shown = {"ID": winner["id_accuracy"], "OOD mean": winner["ood_accuracy"]}

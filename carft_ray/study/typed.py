@@ -249,6 +249,19 @@ class Optimism(_Strict):
     se: Number | None
 
 
+class Model(_Strict):
+    """A delivered model (``results.delivered``), as the ledger has fixed it."""
+
+    name: Words
+    role: Words
+    trial: Words | None
+    runs: Annotated[list[Words], Field(max_length=1)]
+    alpha: Share
+    objective: Number
+    sha256: Words | None
+    chosen_from: Count
+
+
 class Comparison(_Strict):
     """A document of ``results.evidence``, without what is judged anew when it is read."""
 
@@ -259,6 +272,8 @@ class Comparison(_Strict):
     baselines: list[Difference]
     others: list[Difference]
     optimism: Optimism | None
+    missing: list[Words] = []
+    without_shared_images: "Comparison | None" = None
 
 
 class Compared(Comparison):
@@ -268,7 +283,7 @@ class Compared(Comparison):
     seeds: list[Seed] = []
     chosen_by: Words = ""
     failed: list[Words] = []
-    without_shared_images: Comparison | None = None
+    model: Comparison | None = None
     read: Count = 0
     time: Words = ""
     user: Words = ""

@@ -35,6 +35,7 @@ from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenize
 from carft_ray.recipe.loading import dump_recipe, portable_paths
 from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.recipe import with_keys
+from carft_ray.results.delivered import Choice, Standing
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 from carft_ray.results.export.onnx import write_onnx
 from carft_ray.results.export.opened import CLASS_NAMES, PREPROCESS
@@ -63,14 +64,22 @@ class Exported:
 
     Attributes:
         folder: The export.
+        trial: The training, as `--trial` takes it.
         alpha: Mixing coefficient of its weights.
+        standing: ``tested``, ``confirmed`` or ``searched``; ``other``: not the model that the study delivers.
+        sha256: Of its fine-tuned weights in the study, as in the ledger.
+        said: Which model it is, in a sentence.
         num_checked: Images compared.
         formats: Of each format the largest difference of a logit of the reopened export from the model's own, over
             ``num_checked`` images.
     """
 
     folder: Path
+    trial: str
     alpha: float
+    standing: Standing
+    sha256: str | None
+    said: str
     num_checked: int
     formats: dict[str, float]
 
@@ -90,15 +99,13 @@ def parse_formats(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in asked) or DEFAULT_FORMATS
 
 
-def export_model(
-    trained: Trained, out_dir: Path, alpha: float | None = None, formats: Sequence[str] = DEFAULT_FORMATS
-) -> Exported:
+def export_model(trained: Trained, out_dir: Path, choice: Choice, formats: Sequence[str] = DEFAULT_FORMATS) -> Exported:
     """Writes the mixed model, opens it again from its files, and compares logits before it takes its name.
 
     Args:
         trained: The training.
         out_dir: Folder to make; it must not exist, or be empty.
-        alpha: Mixing coefficient; None: the chosen one.
+        choice: Which model of the study it is, and its alpha.
         formats: Names of ``FORMATS``; all are written into the one folder.
 
     Raises:
@@ -108,7 +115,7 @@ def export_model(
     out_dir = out_dir.resolve()
     require_new(out_dir, "--to")
     _require_possible(trained.inputs.clip, formats)
-    alpha = trained.result["alpha"] if alpha is None else alpha
+    alpha = choice.alpha
     classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
     classifier.autocast_dtype = None  # all these libraries compute in float32
     question = question_of(trained, classifier)
@@ -122,13 +129,14 @@ def export_model(
         recipe = portable_paths(trained.recipe)
         fixed = with_keys(recipe, train={"alpha": alpha})
         write_text(folder / "recipe.yaml", RECIPE_HEAD + dump_recipe(fixed))
-        card = model_card(replace(trained, recipe=recipe), alpha, formats, "class_bias" in head)
+        card = model_card(replace(trained, recipe=recipe), choice, formats, "class_bias" in head)
         write_text(folder / "README.md", card)
         _write(folder, trained.inputs.clip, classifier, formats, about)
         for path in folder.iterdir():
             fsync_file(path)
         differences = {name: farthest_logit(folder, name, FORMATS[name][0][-1], question) for name in formats}
-    return Exported(out_dir, alpha, len(question.pixels_NHWC), differences)
+    which = (choice.trial, alpha, choice.standing, choice.sha256, choice.said)
+    return Exported(out_dir, *which, len(question.pixels_NHWC), differences)
 
 
 def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
@@ -167,22 +175,28 @@ def _write(
         write_onnx(folder, classifier, clip.image_size, about)
 
 
-def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias: bool) -> str:
-    """Returns the card as Markdown. It holds validation numbers alone: nothing here opens a test set.
+def model_card(trained: Trained, choice: Choice, formats: Sequence[str], has_bias: bool) -> str:
+    """Returns the card as Markdown, with the numbers of `test`, else of `confirm`, else of the search.
+
+    Nothing here opens a test set.
 
     Args:
         trained: The training.
-        alpha: Mixing coefficient of the exported weights.
+        choice: Which model it is, and what has measured it.
         formats: What the folder holds, names of ``export.FORMATS``.
         has_bias: The class head has a bias.
     """
     recipe, result, inputs = trained.recipe, trained.result, trained.inputs
-    metrics = point_at(result["curve"], alpha) or evaluate_trained(trained, alpha)[0]
-    accuracies = [
-        f"| {markdown(name)} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |"
-        for name, count in result["num_images"].items()
-        if name != "train"
-    ]
+    alpha, accuracies, on = choice.alpha, choice.accuracies, choice.on
+    num_images = {**result["num_images"], **choice.num_images}
+    if not on:
+        metrics = point_at(result["curve"], alpha) or evaluate_trained(trained, alpha)[0]
+        accuracies = {
+            name: f"{100 * metrics[f'accuracy/{name}']:.1f}" for name in result["num_images"] if name != "train"
+        }
+        on = (
+            f"the validation sets{', and chosen on these sets' if alpha == result['alpha'] else ''}; none is a test set"
+        )
     is_sandbox = recipe.model.name == "sandbox"
     is_synthetic = plain(recipe.data.train).source == "sandbox"
     weights = f" with the weights {markdown(recipe.model.pretrained)}" if recipe.model.pretrained else ""
@@ -195,9 +209,14 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         training=markdown(trained.name),
         alpha=f"{alpha:g}",
         synthetic=" (synthetic images)" if is_synthetic else "",
-        chosen=", which was chosen on these sets" if alpha == result["alpha"] else "",
+        said=markdown(choice.said),
+        sha256=choice.sha256,
+        on=on,
+        lines="".join(f"- {markdown(line)}\n" for line in choice.lines),
         id_only="" if recipe.data.ood_val else "Selected on ID only: the recipe has no ood_val.\n",
-        accuracies="\n".join(accuracies),
+        accuracies="\n".join(
+            f"| {markdown(name)} | {text} | {num_images.get(name, 0):,} |" for name, text in accuracies.items()
+        ),
         shared=f"\nImages that are in two roles:\n\n{shared}" if shared else "",
         values=markdown(", ".join(f"{key} {value}" for key, value in result["train"].items() if key in named)),
         usage="\n".join(usage(name, inputs.clip, has_bias) for name in formats),

@@ -110,11 +110,7 @@ def open_trained(
         StorageError: Something in it is damaged.
         DataError: As ``start_of_study``; as ``sets_of_study`` with sets.
     """
-    folder = fetched(place, MODELS)
-    if (folder / HEAD_NAME).is_file():
-        step = "Other libraries read an export (see its README.md); give the study or training that it was made from."
-        rule = "must be a study or the folder of a training"
-        raise UsageError(Problem(str(folder), rule, "an export", next_step=step))
+    folder = folder_of_models(place)
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
@@ -122,6 +118,20 @@ def open_trained(
     kept = found.provenance
     inputs = sets_of_study(found.folder, recipe, kept) if with_sets else start_of_study(recipe, kept)
     return open_run(found.folder, found.row, recipe, f"{found.folder.name}/{found.name}", inputs, kept)
+
+
+def folder_of_models(place: Place) -> Path:
+    """Returns the folder of a study with its weights.
+
+    Raises:
+        UsageError: It is an export.
+    """
+    folder = fetched(place, MODELS)
+    if (folder / HEAD_NAME).is_file():
+        step = "Other libraries read an export (see its README.md); give the study or training that it was made from."
+        rule = "must be a study or the folder of a training"
+        raise UsageError(Problem(str(folder), rule, "an export", next_step=step))
+    return folder
 
 
 def start_of_study(recipe: Recipe, kept: Mapping[str, Any]) -> Start:

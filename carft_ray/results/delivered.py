@@ -1,0 +1,234 @@
+"""The model that a study delivers: one training and its alpha. `test` measures this file, and `export` writes it.
+
+Before a `confirm` it is the best trial. After one it is the best on validation of the winner's trainings, the search's
+own and those with fresh seeds, at the winner's alpha. Each baseline delivers a model by the same rule. A read of the
+test sets fixes all of them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From
+then on the delivered model is the one of the last read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_ray import files
+from carft_ray.errors import Problem, StorageError
+from carft_ray.evaluation.alpha import point_at
+from carft_ray.layout import CONFIRM, RESULT, TEST_DIR, WEIGHTS
+from carft_ray.results.confirmation import PlanRow, Stage, read_plan, whole_rows
+from carft_ray.results.evidence import AT_ONE, headline_lines, in_points
+from carft_ray.results.reading.finished import open_finished
+from carft_ray.results.stored import read_compared
+from carft_ray.store.log import Log
+from carft_ray.study import typed
+from carft_ray.study.ledger import read_ledger, reads_of
+from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished, require_finished, rows_by_kind
+from carft_ray.study.training import Kind, TrialRow, result_of
+from carft_ray.words import counted
+
+Standing = Literal["tested", "confirmed", "searched", "other"]
+STANDING: dict[Standing, str] = {
+    "tested": "the model that `test` has fixed and measured",
+    "confirmed": "the best of the winner's trainings on validation, not tested",
+    "searched": "the best trial of the search, neither confirmed nor tested",
+}
+# a delivered model: ``name`` (of the training of the winner, else of the baseline), ``role``, ``trial`` (as `--trial`
+# takes it; None of the zero-shot model), ``runs`` (its folder in the study, a list of none or one), ``alpha``,
+# ``objective`` on validation, ``sha256`` of its fine-tuned weights, ``chosen_from``: the
+# number of trainings that it is the best of
+Model = dict[str, Any]
+
+
+def delivered(study_dir: Path, log: Log | None = None) -> tuple[Model, Standing]:
+    """Returns the model that a study delivers, and what has been done with it.
+
+    Args:
+        study_dir: The study directory.
+        log: Its open log, if there is one.
+
+    Raises:
+        NoSuccessfulTrialError: No trial has finished.
+        HoldOutError, StorageError: The study is damaged.
+    """
+    stages, rows = read_plan(study_dir), rows_by_kind(study_dir)
+    if reads := reads_of(read_ledger(study_dir, log)):
+        details = reads[-1].details
+        if fixed := details.get("models") or ([] if details.get("confirmed") else details.get("rows")):
+            model = {
+                "trial": fixed[0].get("name"),
+                "sha256": None,
+                "chosen_from": 0,
+                **fixed[0],
+            }  # of an earlier release
+            return typed.checked(typed.Model, model, "the ledger"), "tested"
+    if stages and (found := models_of_confirm(study_dir, rows, *stages)):
+        return found[0], "confirmed"
+    return models_of_search(study_dir, rows)[0], "searched"
+
+
+def models_of_search(study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]]) -> list[Model]:
+    """Returns the models of a search, the best trial first, then its baselines: one training each.
+
+    Raises:
+        NoSuccessfulTrialError: No trial has finished.
+        StorageError: A result is missing or damaged.
+    """
+    best = require_finished(study_dir, best_row(rows["trial"]))
+    found = [_model(study_dir, best, "winner", best.alpha or 0.0, best.objective or 0.0, num_finished(rows["trial"]))]
+    for row in rows["baseline"]:
+        if row.objective is not None:
+            number = int(row.name != ZERO_SHOT)
+            found.append(_model(study_dir, row, "baseline", row.alpha or 0.0, row.objective, number))
+    return found
+
+
+def models_of_confirm(
+    study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]], first: Stage, second: Stage | None
+) -> list[Model]:
+    """Returns the models after a confirm, the winner's first; none if the winner lacks a training with a fresh seed.
+
+    The search's own training counts while the study keeps its weights; that of another study's winner does not.
+
+    Raises:
+        StorageError: A result is missing or damaged.
+    """
+    last = second or first
+    own = {row.name: row for kind in ("baseline", "trial") for row in rows[kind] if row.outcome == "complete"}
+    fresh: dict[str, list[TrialRow]] = {}
+    for stage in (first, second):
+        for row, trained in whole_rows(stage, rows["confirm"]) if stage else ():
+            fresh.setdefault(row.name, []).extend(trained)
+    found = []
+    for row in sorted(last.rows, key=lambda row: row.role != "winner"):
+        if row.role not in ("winner", "baseline") or row.name.endswith(AT_ONE):
+            continue
+        if row.training is None:
+            found.append(_model(study_dir, own[row.name], row.role, 0.0, row.objective, 0))
+        elif row.name in fresh:
+            trained = [*([own[row.name]] if row.name in own else []), *fresh[row.name]]
+            counted = {each.name for each in fresh[row.name]}
+            if second and row.role == "winner":  # ``chosen_from`` has those that chose it
+                counted -= first.trainings().keys()
+            found.append(_best_of(study_dir, row, trained, row.chosen_from + len(counted)))
+        elif row.role == "winner":
+            return []
+    return found
+
+
+def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number: int) -> Model:
+    """Returns the best of a configuration's trainings at its alpha, the first of equals."""
+    kept = [each for each in trained if files.exists(each.place(study_dir) / WEIGHTS)] or trained
+    points = [(point_at(result_of(study_dir, each).get("curve") or (), row.alpha), each) for each in kept]
+    measured = [(point["objective"], each) for point, each in points if point is not None]
+    if not measured:
+        raise typed.wrong(
+            str(kept[-1].place(study_dir) / RESULT), "its curve must have the alpha of the plan", row.alpha
+        )
+    objective, best = max(measured, key=lambda pair: pair[0])
+    return _model(study_dir, best, row.role, row.alpha, objective, number, row.name)
+
+
+def _model(
+    study_dir: Path, row: TrialRow, role: str, alpha: float, objective: float, number: int, name: str = ""
+) -> Model:
+    trial = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
+    is_trained = row.name != ZERO_SHOT
+    return {
+        "name": trial if role == "winner" else name or row.name,
+        "role": role,
+        "trial": trial if is_trained else None,
+        "runs": [row.training] if is_trained else [],
+        "alpha": alpha,
+        "objective": objective,
+        "sha256": weights_of(study_dir, row) if is_trained else None,
+        "chosen_from": number,
+    }
+
+
+def weights_of(study_dir: Path, row: TrialRow) -> str | None:
+    """Returns the SHA-256 of the fine-tuned weights of a complete training, as its result has it."""
+    recorded = result_of(study_dir, row).get("files", {}).get(WEIGHTS)
+    return None if recorded is None else str(recorded["sha256"])
+
+
+def require_weights_of(study_dir: Path, row: TrialRow, model: Model) -> None:
+    """Raises a ``StorageError`` unless a training has the weights that the ledger has fixed."""
+    if model["sha256"] is not None and (now := weights_of(study_dir, row)) != model["sha256"]:
+        rule = f"must have the weights that the ledger has fixed, SHA-256 {str(model['sha256'])[:12]}"
+        raise StorageError(Problem(str(row.place(study_dir) / WEIGHTS), rule, f"{now or 'none'}"[:12]))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `export` writes, and the best evidence about it.
+
+    Attributes:
+        trial: The training, as `--trial` takes it.
+        alpha: Its mixing coefficient.
+        standing: What has been done with this model.
+        sha256: Of its fine-tuned weights.
+        said: Which one it is, in a sentence.
+        on: What ``accuracies`` were measured on, and of what; empty: nothing has measured it again.
+        lines: What that shows.
+        accuracies: By set, in percent with the 95 % interval.
+        num_images: Of the test sets.
+    """
+
+    trial: str
+    alpha: float
+    standing: Standing
+    sha256: str | None
+    said: str
+    on: str = ""
+    lines: tuple[str, ...] = ()
+    accuracies: Mapping[str, str] = field(default_factory=dict)
+    num_images: Mapping[str, int] = field(default_factory=dict)
+
+
+def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Choice:
+    """Returns the model to export.
+
+    Args:
+        study_dir: The study directory.
+        trial: As `--trial` has it; None: the model that the study delivers.
+        alpha: As `--alpha` has it; None: that of the model.
+
+    Raises:
+        NoSuccessfulTrialError, UsageError: As ``open_finished``.
+        HoldOutError, StorageError: The study is damaged, or has other weights than the ledger.
+    """
+    model, standing = (
+        delivered(study_dir) if trial is None or best_row(rows_by_kind(study_dir)["trial"]) else (None, None)
+    )
+    finished = open_finished(study_dir, model["trial"] if model and trial is None else trial, "--trial")
+    is_it = model is not None and finished.name == model["trial"]
+    own = model["alpha"] if model and is_it else finished.result["alpha"]
+    used, sha256 = (
+        own if alpha is None else alpha,
+        None if finished.is_zero_shot else weights_of(study_dir, finished.row),
+    )
+    if model is None or standing is None or not is_it or used != own:
+        words = f"{finished.name} at alpha {used:g}, not tested"
+        other = f"; the study delivers {model['trial']} at alpha {model['alpha']:g}" if model else ""
+        return Choice(finished.name, used, "other", sha256, f"{words}{other}")
+    require_weights_of(study_dir, finished.row, model)
+    about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}: {STANDING[standing]}")
+    return _with_evidence(study_dir, about)
+
+
+def _with_evidence(study_dir: Path, about: Choice) -> Choice:
+    """Returns a choice with what a test has measured of the model, else a confirm of its values."""
+    found, num_images = None, {}
+    if about.standing == "tested" and (whole := read_compared(study_dir, TEST_DIR)):
+        found, num_images, on = whole.get("model") or whole, whole["sets"], f"the test sets (read {whole['read']})"
+    elif about.standing == "confirmed" and (found := read_compared(study_dir, CONFIRM)):
+        number = counted(len(found["seeds"]), "training")
+        on = f"the validation sets, which were used for selection: mean of {number} of these values with fresh seeds"
+    if not found:
+        return about
+    row = next(row for row in found["rows"] if row["role"] == "winner")
+    if about.standing == "tested" and row.get("sha256", about.sha256) != about.sha256:
+        return about  # its read has not ended, and these are numbers of an earlier one
+    accuracies = {name: in_points(each["mean"], each["ends"]) for name, each in row["sets"].items()}
+    lines = tuple(headline_lines(found))
+    return replace(about, on=on, lines=lines, accuracies=accuracies, num_images=num_images)
