@@ -365,7 +365,8 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
     seeds = {best.name: 2, "plain, alpha 1": 2, "plain": 2, "zero_shot": 0}
     assert {row["name"]: row["seeds"] for row in summary["rows"]} == seeds
     read_dir = study / "test" / "read-1"
-    assert {path.stem for path in read_dir.rglob("*.parquet")} == {*trainings, "zero_shot"}
+    models = {model["runs"][0].split("/")[-1] for model in summary["model"]["rows"] if model["runs"]}
+    assert {path.stem for path in read_dir.rglob("*.parquet")} == {*trainings, "zero_shot", *models}
     assert summary["rows"][0]["objective"]["over"] == "over seeds and images"
     assert {each["objective"]["num_seeds"] for each in summary["baselines"]} == {2}
     table = read_predictions(read_dir / "confirm" / "plain-seed101.parquet")

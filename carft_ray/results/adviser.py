@@ -190,9 +190,7 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     if finished:
         steps += _trust(view, folder, reads)
     if not behind_zero_shot(view):
-        confirmed = winner_of_confirm(view)
-        trial = "" if confirmed in (None, view.best.name) else f" --trial {confirmed}"
-        steps.append(f"export {folder} --to {export_folder(view.recipe.name)}{trial}")
+        steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
     num_more = max(4, wanted // 2)
     has_more = num_trials(with_keys(view.recipe, search={"trials": wanted + num_more})) > wanted
     if finished and not reads and has_more and view.recipe.search.space:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import point_at
-from carft_ray.layout import CONFIRM, RESULT, TEST_DIR, WEIGHTS
+from carft_ray.layout import CONFIRM, RESULT, SUMMARY, TEST_DIR, WEIGHTS
 from carft_ray.results.confirmation import PlanRow, Stage, read_plan, whole_rows
 from carft_ray.results.evidence import AT_ONE, headline_lines, in_points
 from carft_ray.results.reading.finished import open_finished
@@ -26,9 +26,10 @@ from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished, require_fini
 from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.words import counted
 
-Standing = Literal["tested", "confirmed", "searched", "other"]
+Standing = Literal["tested", "fixed", "confirmed", "searched", "other"]
 STANDING: dict[Standing, str] = {
     "tested": "the model that `test` has fixed and measured",
+    "fixed": "the model that `test` has fixed, in a read that has not ended",
     "confirmed": "the best of the winner's trainings on validation, not tested",
     "searched": "the best trial of the search, neither confirmed nor tested",
 }
@@ -52,15 +53,12 @@ def delivered(study_dir: Path, log: Log | None = None) -> tuple[Model, Standing]
     """
     stages, rows = read_plan(study_dir), rows_by_kind(study_dir)
     if reads := reads_of(read_ledger(study_dir, log)):
-        details = reads[-1].details
+        details = typed.checked(typed.Fixed, reads[-1].details, "the ledger")
         if fixed := details.get("models") or ([] if details.get("confirmed") else details.get("rows")):
-            model = {
-                "trial": fixed[0].get("name"),
-                "sha256": None,
-                "chosen_from": 0,
-                **fixed[0],
-            }  # of an earlier release
-            return typed.checked(typed.Model, model, "the ledger"), "tested"
+            of_earlier_releases = {"trial": fixed[0].get("name"), "sha256": None, "chosen_from": 0}
+            model = typed.checked(typed.Model, {**of_earlier_releases, **fixed[0]}, "the ledger")
+            has_ended = files.exists(study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY)
+            return model, "tested" if has_ended else "fixed"
     if stages and (found := models_of_confirm(study_dir, rows, *stages)):
         return found[0], "confirmed"
     return models_of_search(study_dir, rows)[0], "searched"
@@ -102,7 +100,7 @@ def models_of_confirm(
     for row in sorted(last.rows, key=lambda row: row.role != "winner"):
         if row.role not in ("winner", "baseline") or row.name.endswith(AT_ONE):
             continue
-        if row.training is None:
+        if row.training is None and row.name in own:
             found.append(_model(study_dir, own[row.name], row.role, 0.0, row.objective, 0))
         elif row.name in fresh:
             trained = [*([own[row.name]] if row.name in own else []), *fresh[row.name]]
@@ -227,8 +225,6 @@ def _with_evidence(study_dir: Path, about: Choice) -> Choice:
     if not found:
         return about
     row = next(row for row in found["rows"] if row["role"] == "winner")
-    if about.standing == "tested" and row.get("sha256", about.sha256) != about.sha256:
-        return about  # its read has not ended, and these are numbers of an earlier one
     accuracies = {name: in_points(each["mean"], each["ends"]) for name, each in row["sets"].items()}
     lines = tuple(headline_lines(found))
     return replace(about, on=on, lines=lines, accuracies=accuracies, num_images=num_images)

@@ -21,6 +21,7 @@ from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirmation import confirm_lines
+from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
 from carft_ray.results.reading.study_view import Overview
@@ -68,6 +69,7 @@ def study_report(view: Overview) -> dict[str, Any]:
     )
     spec, chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], recipe)
     data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
+    model, of_model = _model(view, [*trials, *baselines], data["noise"])
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
         device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
@@ -94,6 +96,7 @@ def study_report(view: Overview) -> dict[str, Any]:
         },
         "front": front,
         **data,
+        "model": model,
         "evidence": evidence,
         "lines": [
             *_count_lines(recipe, counts),
@@ -101,6 +104,7 @@ def study_report(view: Overview) -> dict[str, Any]:
             "",
             *worth,
             *constraint_lines(best),
+            of_model,
             *(["", *headline] if headline else []),
             *_later_lines(study_dir, best.name),
         ],
@@ -149,6 +153,26 @@ def _by_one_number(
             f"covers {covered}. The choice of alpha on these images is not covered.",
         ],
     )
+
+
+def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """Returns the model that `export` writes, as data and as text.
+
+    It was chosen by its objective, among all trainings and alphas that were tried: ``corrected`` is without the bias of
+    that choice. A file keeps its seed, so the noise is that of the images. None in a Pareto search.
+    """
+    model, standing = delivered(view.study_dir, view.log)
+    trained = (*rows, *(row for row in view.confirmations if row.outcome == "complete"))
+    tried = [point["objective"] for row in trained for point in view.result(row).get("curve") or () if point["alpha"]]
+    corrected = None
+    text = f"Model of `export`: {model['name']} at alpha {model['alpha']:.2f}, {STANDING[standing]}. Its objective is "
+    text += f"{100 * model['objective']:.1f} % on the images that chose it"
+    if noise is not None:
+        optimism = correct_best(tried, noise["image"])["optimism"]
+        corrected = {"value": model["objective"] - optimism, "optimism": optimism, "num_tried": len(tried)}
+        of = f"{counted(len(tried), 'value')} of all trainings and alphas"
+        text += f", {100 * corrected['value']:.1f} % without the selection bias of {of}"
+    return {**model, "standing": standing, "corrected": corrected}, f"{text}."
 
 
 def _by_front(best: TrialRow, front: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

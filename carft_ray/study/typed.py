@@ -262,6 +262,14 @@ class Model(_Strict):
     chosen_from: Count
 
 
+class Fixed(_Strict):
+    """What a read of the test sets has fixed, as ``results.delivered`` takes it from the ledger."""
+
+    confirmed: bool = False
+    rows: list[dict[str, Any]] = []
+    models: list[Model] = []
+
+
 class Comparison(_Strict):
     """A document of ``results.evidence``, without what is judged anew when it is read."""
 

@@ -66,7 +66,7 @@ class Exported:
         folder: The export.
         trial: The training, as `--trial` takes it.
         alpha: Mixing coefficient of its weights.
-        standing: ``tested``, ``confirmed`` or ``searched``; ``other``: not the model that the study delivers.
+        standing: What has been done with the model (``delivered.STANDING``); ``other``: it is another one.
         sha256: Of its fine-tuned weights in the study, as in the ledger.
         said: Which model it is, in a sentence.
         num_checked: Images compared.
