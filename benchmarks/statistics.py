@@ -28,6 +28,15 @@ together. Another configuration, or another seed, draws them anew on a share of 
 and with three seeds the 95 % interval of the objective must cover the truth in at least 93 %, and two configurations
 may show a difference in at most 6 %. In brackets is the result of taking both sets as independent.
 
+Then claims (`--claims` runs only these): how often `test` says "improves on every baseline" although this is false. In
+each of 4,000 studies, the best of 40 trials is compared on new images with baselines at a known distance from its
+truth: as values, with three to five fresh seeds, and as a model, the search's training with one of the same luck b. The
+rule is wrong most often if one baseline is equal and all others are far below. At most 2.5 % of the claims about equal
+baselines may be made, plus two Monte Carlo standard errors. The interval of a difference must cover the truth in at
+least 93 %. Searches, confirms, and tests of values with fewer than three seeds must never claim anything. Printed are
+the power, and what a confirm on the validation images measures. ``evidence.judged`` applies the rule to intervals of
+``objective_difference``; ``evidence.compare`` also calculates the intervals of every set, which would take too long.
+
 Exit code 1 when a check misses. Synthetic throughout.
 """
 
@@ -37,14 +46,16 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
 
 from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.evidence import Kind, Subject, judged
 from carft_ray.results.statistics.intervals import (
     Interval,
     crossed,
@@ -73,6 +84,30 @@ SHARED_SIZES = ((200, 200), (1000, 1000), (5000, 5000), (1000, 500))  # ID image
 SHARED_ACCURACIES, SHARED_CORRELATION = (0.8, 0.7), 0.6  # clean and corrupted
 SHARED_ANEW = 0.2  # images that another seed answers anew; another configuration, half of them
 SHARED_LEAST, SHARED_MOST = 0.93, 0.06
+CLAIM_STUDIES, CLAIM_SEEDS = 4000, (3, 4, 5)
+CLAIM_MOST, CLAIM_COVERED = 0.025, 0.93
+BASELINES = {  # how much lower their true accuracies are than the winner's, on every set
+    "equal": 0.0,
+    "equal too": 0.0,
+    "zero-shot": 0.0,
+    "1 point below": 0.01,
+    "2 points below": 0.02,
+    "far below": 0.1,
+    "farther below": 0.12,
+}
+FAR = ("far below", "farther below")
+FALSE_CLAIMS = {  # baselines of one document
+    "one of three baselines equal": ("equal", *FAR),
+    "zero-shot equal, two baselines far below": ("zero-shot", *FAR),
+    "both of two baselines equal": ("equal", "equal too"),
+}
+TRUE_CLAIMS = {"1 point": ("1 point below", *FAR), "2 points": ("2 points below", *FAR)}
+# kind, subject and fresh seeds of documents that may claim nothing
+SILENT = [
+    (kind, subject, num_seeds)
+    for kind, subject, num_seeds in itertools.product(get_args(Kind), get_args(Subject), range(SEEDS + 1))
+    if kind != "test" or (subject == "values" and num_seeds < 3)
+]
 NOMINAL = (0.93, 0.97)  # what a coverage of 95 % may come to in 1,000 studies
 
 FloatArray = npt.NDArray[np.float64]
@@ -159,15 +194,15 @@ def mean_on_these_images(accuracies: dict[str, float], images: Images, c: int, s
 
 
 def search(
-    rng: np.random.Generator, truth: dict[str, FloatArray], images: Images, seed_sd: float
+    rng: np.random.Generator, truth: dict[str, FloatArray], images: Images, shifts: FloatArray, seed_sd: float
 ) -> dict[str, BoolArray]:
-    """Returns the correctness of all trials of a search, one seed each, bool [trials, n] by set."""
-    num_trials = len(truth["id_val"])
-    shifts = rng.normal(0, seed_sd, (num_trials, 1))
+    """Returns the correctness of all trials of a search, bool [trials, n] by set; one seed each, its luck b in
+    ``shifts``."""
+    num_trials = len(shifts)
     found = {}
     for name, n in SIZES.items():
-        limit = special.ndtri(truth[name])[:, None] * math.sqrt(1 + seed_sd**2) + shifts
-        luck = SHARED * images.u[name] + OWN * images.v[name] + REST * rng.standard_normal((num_trials, n))
+        limit = special.ndtri(truth[name])[:, None] * math.sqrt(1 + seed_sd**2) + shifts[:, None]
+        luck = SHARED * images.u[name] + OWN * images.v[name][:num_trials] + REST * rng.standard_normal((num_trials, n))
         found[name] = luck < limit
     return found
 
@@ -182,7 +217,7 @@ def one_study(rng: np.random.Generator, num_trials: int) -> dict[str, float]:
     """Returns what one simulated study with noisy seeds says about the winner, and whether intervals covered."""
     truth = true_accuracies(rng, num_trials)
     images = draw_images(rng, num_trials)
-    correct = search(rng, truth, images, SEED_SD)
+    correct = search(rng, truth, images, rng.normal(0, SEED_SD, num_trials), SEED_SD)
     values = objective_of(correct)
     top = np.argsort(-values, kind="stable")[: min(TOP, num_trials)]
     of = [{name: float(truth[name][c]) for name in SIZES} for c in top]
@@ -387,6 +422,101 @@ def shared_checks(
     return checks, lines
 
 
+def claims(kind: Kind, subject: Subject, num_seeds: int, gaps: Mapping[str, Interval]) -> bool:
+    """Returns whether a document says "improves on every baseline".
+
+    Args:
+        kind: What has measured the winner and the baselines.
+        subject: What was measured.
+        num_seeds: Fresh seeds.
+        gaps: The winner minus each baseline.
+    """
+    rows = [{"name": "winner", "role": "winner", "alpha": 1.0}, *({"name": name, "role": "baseline"} for name in gaps)]
+    others = [{"other": name, "objective": gap.data()} for name, gap in gaps.items()]
+    about = {"kind": kind, "subject": subject, "seeds": range(num_seeds), "winner": "winner", "rows": rows}
+    return bool(judged({**about, "baselines": [], "others": others})["shown"])
+
+
+def claim_study(rng: np.random.Generator, num_trials: int) -> dict[tuple[str, str, int], float]:
+    """Returns what one simulated study says, by (what, of which baselines, fresh seeds; 0: of models).
+
+    ``claims``: whether the test claims an improvement on these baselines. ``covers``: whether the interval of the
+    difference holds the truth. ``silent``: the share of the documents that may claim nothing and do. ``bias`` and
+    ``above``: the difference from an equal baseline on the validation images, and whether its interval is above 0.
+    """
+    truth = true_accuracies(rng, num_trials)
+    validation, test = draw_images(rng, num_trials + 1), draw_images(rng, len(BASELINES) + 1)
+    shifts = rng.normal(0, SEED_SD, num_trials)
+    best = int(objective_of(search(rng, truth, validation, shifts, SEED_SD)).argmax())
+
+    def trained(
+        images: Images, c: int, below: float, luck: FloatArray, seed_sd: float = SEED_SD
+    ) -> dict[str, BoolArray]:
+        return answers(rng, {name: float(truth[name][best]) - below for name in SIZES}, images, c, luck, seed_sd)
+
+    def fresh() -> FloatArray:
+        return rng.normal(0, SEED_SD, SEEDS)
+
+    def gap(one: dict[str, BoolArray], other: dict[str, BoolArray], num_seeds: int = SEEDS) -> Interval:
+        return objective_difference(SPEC, *({name: x[:num_seeds] for name, x in rows.items()} for rows in (one, other)))
+
+    found: dict[tuple[str, str, int], float] = {}
+    values, model = (trained(test, len(BASELINES), 0.0, luck) for luck in (fresh(), shifts[[best]]))
+    gaps: dict[int, dict[str, Interval]] = {num_seeds: {} for num_seeds in (*CLAIM_SEEDS, 0)}
+    for c, (name, below) in enumerate(BASELINES.items()):
+        if name == "zero-shot":  # one model without noise of seeds, the same beside each of them
+            one = trained(test, c, below, np.zeros(1), 0.0)
+            other = {key: np.broadcast_to(array, (SEEDS, array.shape[1])) for key, array in one.items()}
+        else:
+            other = trained(test, c, below, fresh())
+            gaps[0][name] = gap(model, trained(test, c, below, shifts[[best]]))
+        for num_seeds in CLAIM_SEEDS:
+            gaps[num_seeds][name] = gap(values, other, num_seeds)
+            found["covers", name, num_seeds] = covers(gaps[num_seeds][name].ends, below)
+    found["covers", "equal", 0] = covers(gaps[0]["equal"].ends, 0.0)
+    for (which, names), num_seeds in itertools.product({**FALSE_CLAIMS, **TRUE_CLAIMS}.items(), gaps):
+        if gaps[num_seeds].keys() >= {*names}:
+            subject: Subject = "values" if num_seeds else "model"
+            of = {name: gaps[num_seeds][name] for name in names}
+            found["claims", which, num_seeds] = claims("test", subject, num_seeds, of)
+    certain = {"far below": gaps[SEEDS]["far below"]}
+    found["silent", "", 0] = float(np.mean([claims(*each, certain) for each in SILENT]))
+    again = gap(trained(validation, best, 0.0, fresh()), trained(validation, num_trials, 0.0, fresh()))
+    return {**found, ("bias", "", SEEDS): again.mean, ("above", "", SEEDS): float(again.ends[0] > 0)}
+
+
+def claim_checks(
+    rng: np.random.Generator, num_studies: int, num_trials: int = NUM_TRIALS
+) -> tuple[list[Check], list[str]]:
+    """Returns the checks of what a test claims, and its power."""
+    studies = [claim_study(rng, num_trials) for _ in range(num_studies)]
+    mean = {key: float(np.mean([study[key] for study in studies])) for key in studies[0]}
+    most = CLAIM_MOST + 2 * math.sqrt(CLAIM_MOST * (1 - CLAIM_MOST) / num_studies)
+    of = {num_seeds: f"values, {num_seeds} seeds" if num_seeds else "models" for num_seeds in (*CLAIM_SEEDS, 0)}
+    checks = [
+        Check(f"false claims, {which}; {of[num_seeds]}, %", mean["claims", which, num_seeds], 0.0, most)
+        for which, num_seeds in itertools.product(FALSE_CLAIMS, of)
+        if ("claims", which, num_seeds) in mean
+    ]
+    checks.append(Check("claims of documents that may claim nothing, %", mean["silent", "", 0], 0, 0))
+    for num_seeds, text in of.items():
+        coverage = {name: mean["covers", name, num_seeds] for name in BASELINES if ("covers", name, num_seeds) in mean}
+        worst = min(coverage, key=lambda name: coverage[name])
+        text = f"difference from a baseline; {text}: lowest coverage, % ({worst})"
+        checks.append(Check(text, coverage[worst], CLAIM_COVERED, 1.0))
+    lines = [
+        f"Power, % of the studies that claim a true gain of {which}: "
+        + ", ".join(f"{100 * mean['claims', which, num_seeds]:.1f} with {num_seeds} seeds" for num_seeds in CLAIM_SEEDS)
+        for which in TRUE_CLAIMS
+    ]
+    bias, above = (100 * mean[what, "", SEEDS] for what in ("bias", "above"))
+    lines.append(
+        f"An equal baseline on the validation images, {SEEDS} fresh seeds: bias {bias:+.2f} points, the whole interval "
+        f"is above 0 in {above:.1f} %."
+    )
+    return checks, [*lines, f"{num_studies} studies of {num_trials} trials, seed sd {SEED_SD}."]
+
+
 def run(
     num_studies: int = NUM_STUDIES,
     num_trials: int = NUM_TRIALS,
@@ -436,23 +566,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"equal configurations per setting ({NUM_PAIRS})")
     parser.add_argument("--small-sets", action="store_true", help="only the comparisons on 5 to 50 images (15 s)")
     parser.add_argument("--shared-images", action="store_true", help="only sets that show the same images (3 min)")
+    parser.add_argument("--claims", action="store_true", help="only what a test claims (2 min)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
     given = parser.parse_args(argv)
     if min(given.studies, given.trials, given.pairs) < 2:
         parser.error("--studies, --trials and --pairs must be at least 2")
     began = time.perf_counter()
-    checks, further = list[Check](), list[str]()
-    if not given.shared_images:
-        checks, further = small_checks(np.random.default_rng([given.seed, 2]), SMALL_PAIRS)
-    if not given.small_sets:
-        others, lines = shared_checks(np.random.default_rng([given.seed, 3]), given.pairs)
-        checks, further = checks + others, further + lines
-    if not given.small_sets and not given.shared_images:
-        others, lines = run(given.studies, given.trials, given.seed, given.pairs)
-        checks, further = others + checks, lines + further
+    chosen = given.small_sets or given.shared_images or given.claims
+    parts = []
+    if not chosen:
+        parts.append(run(given.studies, given.trials, given.seed, given.pairs))
+    if given.small_sets or not chosen:
+        parts.append(small_checks(np.random.default_rng([given.seed, 2]), SMALL_PAIRS))
+    if given.shared_images or not chosen:
+        parts.append(shared_checks(np.random.default_rng([given.seed, 3]), given.pairs))
+    if given.claims or not chosen:
+        parts.append(claim_checks(np.random.default_rng([given.seed, 4]), CLAIM_STUDIES))
+    checks = [check for part, _ in parts for check in part]
     for check in checks:
         print(check.line())
-    for line in further:
+    for line in (line for _, part in parts for line in part):
         print(line)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0 if all(check.passed for check in checks) else 1

@@ -27,6 +27,7 @@ from benchmarks import (
     speed_methods,
     speed_sets,
     speed_views,
+    statistics,
     table,
 )
 from benchmarks import landscape as landscapes
@@ -95,6 +96,17 @@ def test_role_numbers_where_the_objective_chooses_right_and_id_chooses_wrong():
     assert numbers["role_correlation"] == pytest.approx(1.0)
     assert (numbers["regret_objective"], numbers["regret_gap"]) == pytest.approx((0.0, 0.15))
     assert 0 < numbers["regret_gap_se"] < 0.05
+
+
+@pytest.mark.slow
+def test_false_claims_of_simulated_tests_stay_rare_and_real_gains_are_found():
+    checks, lines = statistics.claim_checks(np.random.default_rng(0), 100, num_trials=10)
+    assert len(checks) == 11 + 1 + 4
+    for check in checks:  # two Monte Carlo standard errors of a coverage beside the bounds of the 4,000 studies
+        assert check.least - 0.05 <= check.value <= check.most, check.line()
+    one, two = ([float(share) for share in re.findall(r"([\d.]+) with", line)] for line in lines[:2])
+    assert max(one) < max(two)
+    assert two[0] < two[-1]  # three and five seeds
 
 
 def test_plan_has_paired_seeds_and_no_training_twice():

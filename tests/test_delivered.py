@@ -28,7 +28,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The given Num
 RAY_TRAIN = ["resources.executor=ray-train", "resources.num_workers=2", "resources.cpus_per_worker=0.5"]
 CASES = {
     "folder": ["resources.executor=debug"],
-    "Pareto": ["resources.executor=debug", "search.objective.kind=pareto"],
+    "Pareto": [
+        "resources.executor=debug",
+        "search.objective.kind=pareto",
+        "search.alpha.mode=sample",
+        "search.space.alpha={low: 0.1, high: 1}",
+    ],
     "own trainer": ["resources.executor=debug"],
     "bucket": ["resources.executor=debug"],
     "inline": ["resources.executor=inline"],

@@ -184,6 +184,7 @@ def own_folder(place: Place, need: int | None = IMAGES) -> Path:
         return fetched(place)
     address = _address(place)
     folder = _place_of(address, DRIVEN)
+    _fetched.pop(address, None)  # what follows changes the study
     if need is not None:
         copy = Copy(address, folder)
         log = copy.read_log()
