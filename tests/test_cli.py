@@ -90,7 +90,9 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("export", "out", "--to", "exported", "--json")
     assert code == 0, err
     exported = json.loads(out)
-    assert exported.keys() == {"folder", "alpha", "num_checked", "formats"}
+    said = {"trial", "standing", "sha256", "said"}
+    assert exported.keys() == {"folder", "alpha", "num_checked", "formats", *said}
+    assert exported["standing"] == "searched"
     assert exported["alpha"] == result["alpha"]
     assert exported["formats"]["open_clip"] < 1e-3
 
