@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import own_functions
 import pytest
@@ -14,11 +15,15 @@ import carft_ray
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import point_at
 from carft_ray.layout import WEIGHTS
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.confirmation import read_plan
 from carft_ray.results.delivered import delivered, models_of_confirm, require_weights_of
 from carft_ray.results.evidence import AT_ONE
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.ledger import read_ledger, reads_of
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import log_of
+from carft_ray.study.best import Retention
+from carft_ray.study.ledger import fixed_trials, read_ledger, reads_of
 from carft_ray.study.place import fetched
 from carft_ray.study.rows import rows_by_kind
 from carft_ray.study.training import result_of
@@ -153,6 +158,101 @@ def test_other_weights_than_those_of_the_ledger_are_refused(confirmed):
     require_weights_of(confirmed, row, fixed)
     with pytest.raises(StorageError, match="must have the weights that the ledger has fixed, SHA-256 000000000000"):
         require_weights_of(confirmed, row, {**fixed, "sha256": "0" * 64})
+
+
+def fail(study_dir, name):
+    """A training of a confirm that has failed, as the study would have it."""
+    plan = json.loads((study_dir / "confirm" / "plan.json").read_text())
+    for row in plan["first"]["rows"]:
+        if row["training"] == name:
+            row["training"] = "gone"
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
+    summary = json.loads((study_dir / "confirm" / "summary.json").read_text())
+    summary["failed"] = [f"gone-seed{seed}: diverged, the loss is not finite" for seed in plan["first"]["seeds"]]
+    (study_dir / "confirm" / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_baseline_without_all_its_seeds_is_named_and_nothing_is_shown(confirmed, run):
+    fail(confirmed, "plain")
+    code, out, err = run("test", "study", "--json", "--trust-paths")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["missing"] == ["plain"]
+    assert summary["shown"] is False
+    assert "plain" in {row["name"] for row in summary["model"]["rows"]}  # its search has trained it
+    assert summary["model"]["missing"] == []
+    report = carft_ray.report("study")
+    assert "Without a result, and not compared: plain. So no improvement is shown." in report.numbers["lines"]
+    assert "measured higher than" in report.card() or "no improvement" in report.card()
+    assert "improves on" not in report.card().split("this model")[0]
+
+
+def test_a_card_has_no_numbers_of_another_comparison(confirmed):
+    """As after a second stage that was stopped: the summary is of the first one."""
+    path = confirmed / "confirm" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "seeds": [7, 8]}))
+    carft_ray.export("study", "out", trust_paths=True)
+    card = (confirmed.parent / "out" / "README.md").read_text()
+    assert "with fresh seeds" not in card
+    assert "none is a test set" in card
+
+
+def test_what_a_confirm_and_a_test_have_fixed_stays_when_better_trials_follow(confirmed, run):
+    [row] = [row for row in rows_by_kind(confirmed)["trial"] if row.name == read_plan(confirmed)[0].winner]
+    assert fixed_trials(log_of(confirmed)) == {row.name}
+    assert run("test", "study", "--trust-paths")[0] == 0
+    model, _ = delivered(confirmed)
+    assert fixed_trials(log_of(confirmed)) >= {row.name, model["trial"].removeprefix("confirm/")}
+    recipe = load_recipe(confirmed / "resolved.yaml", ["search.keep_checkpoints=1"])
+    retention = Retention(confirmed, recipe, Folder(confirmed), fixed_trials(log_of(confirmed)))
+    retention.ended(row)
+    retention.ended(replace(row, name="t0009-0000", number=9, objective=1.0))
+    assert (row.place(confirmed) / WEIGHTS).exists()
+
+
+SUMMARIES = {
+    "sets": None,
+    "read": "one",
+    "reason": 5,
+    "elsewhere": [{}],
+    "changed_sets": 5,
+    "searches_after_a_read": -1,
+    "confirmed": "yes",
+    "missing": [5],
+    "model": {},
+}
+
+
+@pytest.mark.parametrize("key", SUMMARIES)
+def test_a_strangers_summary_is_one_message(confirmed, run, key):
+    assert run("test", "study", "--trust-paths")[0] == 0
+    for path in (confirmed / "test").rglob("summary.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: SUMMARIES[key]}))
+    for words in (["report", "study"], ["report", "study", "--card", "text"], ["export", "study", "--to", "out"]):
+        code, _, err = run(*words, *(["--trust-paths"] if words[0] == "export" else []))
+        assert code == 5, (words, err)
+        assert "summary.json" in err
+    assert not (confirmed.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": []}, "first.seeds"),
+        ({"seeds": [3, 3]}, "seeds must differ"),
+        ({"rows": []}, "one of the rows must be the winner"),
+    ],
+)
+def test_a_strangers_plan_is_one_message(confirmed, run, change, words):
+    path = confirmed / "confirm" / "plan.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps({**plan, "first": {**plan["first"], **change}}))
+    code, _, err = run("report", "study")
+    assert (code, words in err) == (5, True), err
+    plan["first"]["rows"][0]["more"] = 1
+    path.write_text(json.dumps(plan))
+    assert run("report", "study")[0] == 5
 
 
 def test_a_model_whose_weights_are_gone_is_none_and_the_next_best_of_its_values_is(confirmed):

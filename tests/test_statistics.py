@@ -222,6 +222,11 @@ def test_an_improvement_is_shown_if_the_interval_of_every_baseline_is_above_zero
         found = said(*gaps, roles=roles)
         assert (found["shown"], found["headline"]) == (is_shown, f"t0007: {sentence}")
         assert found["nearest"] == min(found["baselines"], key=lambda each: each["objective"]["mean"])["other"]
+    lacking = judged({**said(near, far), "missing": ["lp_ft"]})
+    assert not lacking["shown"]
+    assert lacking["headline"].startswith(
+        "t0007: measured higher than every baseline that was compared, the nearest one, "
+    )
     assert said()["headline"] is said()["nearest"] is None
     assert not said()["shown"]
     assert said(*two, roles=roles)["measured_higher"] == ["t0002"]
@@ -346,7 +351,7 @@ def correct():
 
 def compared(correct, winner="t0007", baselines=BASELINES, spec=SPEC, id_margin=0.005, **more):
     roles = {winner: "winner", **dict.fromkeys(baselines, "baseline")}
-    rows = [{"name": name, "role": roles.get(name, "candidate"), "alpha": 0.5} for name in correct]
+    rows = [{"name": name, "role": roles.get(name, "candidate"), "alpha": 0.5, "seeds": 3} for name in correct]
     return compare("test", "values", spec, rows, correct, id_margin, seeds=(1, 2, 3), **more)
 
 

@@ -477,7 +477,7 @@ def write_summary(study_dir, objectives):
     for name, mean in objectives.items():
         interval = {"mean": mean, "ends": [mean, mean], "num_seeds": 1, "p_value": 1.0, "over": "", "notes": []}
         whole = dict.fromkeys(("objective", "id_accuracy", "ood_accuracy"), interval)
-        rows.append({"name": name, "role": "winner", "alpha": 0.5, "sets": {}, **whole})
+        rows.append({"name": name, "role": "winner", "alpha": 0.5, "seeds": 1, "sets": {"id_val": interval}, **whole})
     nothing = {"optimism": None}
     whole = {"label": "", "winner": next(iter(objectives)), "id_margin": 0.0, "baselines": [], "others": [], **nothing}
     (study_dir / "confirm" / "summary.json").write_text(json.dumps({**whole, "rows": rows}))

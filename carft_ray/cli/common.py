@@ -50,6 +50,9 @@ AlphaOption = Annotated[
     float | None, Option(min=0, max=1, help="Share of the fine-tuned weights; default: the alpha chosen in training.")
 ]
 TrialOption = Annotated[str | None, Option(help="Trial (7, t0007) or name of a baseline; default: the best trial.")]
+ExportedOption = Annotated[
+    str | None, Option("--trial", help="Trial (7, t0007) or name of a baseline; default: the tested or best model.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

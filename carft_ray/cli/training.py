@@ -85,7 +85,7 @@ def export(
         Option("--format", metavar="NAME", help="open_clip (default), huggingface, onnx; several: open_clip,onnx."),
     ] = None,
     alpha: common.AlphaOption = None,
-    trial: common.TrialOption = None,
+    trial: common.ExportedOption = None,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:

@@ -287,8 +287,13 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
         return None
     content: Any = typed.checked(typed.Plan, files.read_json(study_dir, f"{CONFIRM}/{CONFIRM_PLAN}"), str(path))
     first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
-    for name in (*first.trainings(), *(second.trainings() if second else ())):
-        require_name(name, str(path))
+    for stage in filter(None, (first, second)):
+        for name in stage.trainings():
+            require_name(name, str(path))
+        if len({*stage.seeds}) < len(stage.seeds):
+            raise typed.wrong(str(path), "seeds must differ", list(stage.seeds))
+        if not any(row.role == "winner" for row in stage.rows):
+            raise typed.wrong(str(path), "one of the rows must be the winner", None)
     return first, second
 
 
@@ -443,7 +448,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         recipe.search.objective.id_margin,
         stage.seeds,
         searched=winner.objective,
-        missing=missing_baselines(stage, [row for row, _ in whole]),
+        missing=missing_baselines(recipe, stage, [row for row, _ in whole]),
     )
     content = {
         **found,
@@ -510,10 +515,11 @@ def whole_rows(stage: Stage, trainings: Sequence[TrialRow]) -> list[tuple[PlanRo
     return [(row, [complete[name] for name in names]) for row, names in rows if all(name in complete for name in names)]
 
 
-def missing_baselines(stage: Stage, whole: Sequence[PlanRow]) -> list[str]:
-    """Returns the names of the baselines of a stage that are none of the rows with all their trainings."""
+def missing_baselines(recipe: Recipe, stage: Stage, whole: Sequence[PlanRow]) -> list[str]:
+    """Returns the names of the baselines, of the recipe and of a stage, of which not all trainings are complete."""
+    wanted = dict.fromkeys([*recipe.search.baselines, *(row.name for row in stage.rows if row.role == "baseline")])
     known = {row.name for row in whole}
-    return [row.name for row in stage.rows if row.role == "baseline" and row.name not in known]
+    return [name for name in wanted if name not in known and not name.endswith(AT_ONE)]
 
 
 def row_correct(

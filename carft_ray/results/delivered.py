@@ -15,7 +15,7 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import point_at
 from carft_ray.layout import CONFIRM, RESULT, SUMMARY, TEST_DIR, WEIGHTS
-from carft_ray.results.confirmation import PlanRow, Stage, read_plan, whole_rows
+from carft_ray.results.confirmation import PlanRow, Stage, last_stage, read_plan, whole_rows
 from carft_ray.results.evidence import AT_ONE, headline_lines, in_points
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.stored import read_compared
@@ -52,7 +52,8 @@ def delivered(study_dir: Path, log: Log | None = None) -> tuple[Model, Standing]
         HoldOutError, StorageError: The study is damaged.
     """
     stages, rows = read_plan(study_dir), rows_by_kind(study_dir)
-    if reads := reads_of(read_ledger(study_dir, log)):
+    reads = reads_of(read_ledger(study_dir, log))
+    if reads and "rows" in reads[-1].details:
         details = typed.checked(typed.Fixed, reads[-1].details, "the ledger")
         if fixed := details.get("models") or ([] if details.get("confirmed") else details.get("rows")):
             of_earlier_releases = {"trial": fixed[0].get("name"), "sha256": None, "chosen_from": 0}
@@ -92,24 +93,26 @@ def models_of_confirm(
     """
     last = second or first
     own = {row.name: row for kind in ("baseline", "trial") for row in rows[kind] if row.outcome == "complete"}
-    fresh: dict[str, list[TrialRow]] = {}
-    for stage in (first, second):
-        for row, trained in whole_rows(stage, rows["confirm"]) if stage else ():
-            fresh.setdefault(row.name, []).extend(trained)
+    if not any(row.role == "winner" and trained for row, trained in whole_rows(last, rows["confirm"])):
+        return []
+    complete, fresh = (
+        {row.name: row for row in rows["confirm"] if row.outcome == "complete"},
+        dict[str, list[TrialRow]](),
+    )
+    for stage in filter(None, (first, second)):
+        for row in stage.rows:
+            fresh.setdefault(row.name, []).extend(complete[name] for name in stage.names(row) if name in complete)
     found = []
     for row in sorted(last.rows, key=lambda row: row.role != "winner"):
         if row.role not in ("winner", "baseline") or row.name.endswith(AT_ONE):
             continue
         if row.training is None and row.name in own:
             found.append(_model(study_dir, own[row.name], row.role, 0.0, row.objective, 0))
-        elif row.name in fresh:
-            trained = [*([own[row.name]] if row.name in own else []), *fresh[row.name]]
+        elif trained := [*([own[row.name]] if row.name in own else []), *fresh[row.name]]:
             counted = {each.name for each in fresh[row.name]}
             if second and row.role == "winner":  # ``chosen_from`` has those that chose it
                 counted -= first.trainings().keys()
             found.append(_best_of(study_dir, row, trained, row.chosen_from + len(counted)))
-        elif row.role == "winner":
-            return []
     return found
 
 
@@ -217,14 +220,27 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
 def _with_evidence(study_dir: Path, about: Choice) -> Choice:
     """Returns a choice with what a test has measured of the model, else a confirm of its values."""
     found, num_images = None, {}
-    if about.standing == "tested" and (whole := read_compared(study_dir, TEST_DIR)):
-        found, num_images, on = whole.get("model") or whole, whole["sets"], f"the test sets (read {whole['read']})"
+    if about.standing == "tested":
+        last_read = len(reads_of(read_ledger(study_dir)))
+        if whole := read_compared(study_dir, f"{TEST_DIR}/read-{last_read}"):
+            found, num_images, on = whole.get("model") or whole, whole["sets"], f"the test sets (read {last_read})"
     elif about.standing == "confirmed" and (found := read_compared(study_dir, CONFIRM)):
+        last = last_stage(study_dir)
+        if last is None or (found["winner"], found["seeds"]) != (last.winner, list(last.seeds)):
+            return about  # of an earlier comparison
         number = counted(len(found["seeds"]), "training")
-        on = f"the validation sets, which were used for selection: mean of {number} of these values with fresh seeds"
+        on = f"the validation sets, which were used for selection; not this file, but the mean of {number} of these "
+        on += "values with fresh seeds"
     if not found:
         return about
     row = next(row for row in found["rows"] if row["role"] == "winner")
+    if about.standing == "tested" and (row["name"], row["alpha"], row.get("sha256", about.sha256)) != (
+        about.trial,
+        about.alpha,
+        about.sha256,
+    ):
+        rule = "its winner must be the model that the ledger has fixed"
+        raise typed.wrong(str(study_dir / TEST_DIR / SUMMARY), rule, row["name"])
     accuracies = {name: in_points(each["mean"], each["ends"]) for name, each in row["sets"].items()}
     lines = tuple(headline_lines(found))
     return replace(about, on=on, lines=lines, accuracies=accuracies, num_images=num_images)

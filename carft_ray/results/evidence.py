@@ -68,7 +68,7 @@ def compare(
         seeds: Fresh seeds of the trainings.
         searched: The search's objective of the winner, for the optimism.
         label: What was measured; default: of ``LABELS``.
-        missing: Names of baselines that have no result, and are not compared.
+        missing: Names of baselines without a result. They are not compared, so no improvement is shown.
 
     Returns:
         Plain data, intervals as of ``Interval.data``: ``kind``, ``subject``, ``seeds``, ``label``, ``winner``,
@@ -129,8 +129,10 @@ def judged(document: Document) -> dict[str, Any]:
 
 
 def may_claim(document: Document) -> bool:
-    """Returns whether a document may say "improves on": a test, of a model or with enough fresh seeds."""
-    return document["kind"] == "test" and (document["subject"] == "model" or len(document["seeds"]) >= ENOUGH_SEEDS)
+    """Returns whether a document may say "improves on": a test with all baselines, of a model or with enough seeds."""
+    if document["kind"] != "test" or document.get("missing"):
+        return False
+    return document["subject"] == "model" or len(document["seeds"]) >= ENOUGH_SEEDS
 
 
 def nearest(gaps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -277,7 +279,8 @@ def comparison_lines(found: Document) -> list[str]:
     objectives = [row["objective"] for row in found["rows"]]
     num_seeds = max(each["num_seeds"] for each in objectives)
     # a row of one seed among others with more is the zero-shot model, which has none to cover
-    lines += [f"Not compared, since a training of it has failed: {name}." for name in found.get("missing", ())]
+    if missing := found.get("missing"):
+        lines.append(f"Without a result, and not compared: {', '.join(missing)}. So no improvement is shown.")
     notes = dict.fromkeys(note for each in objectives if each["num_seeds"] == num_seeds for note in each["notes"])
     lines += [f"Note: {note}." for note in notes]
     return [*lines, *headline_lines(found)]

@@ -20,7 +20,7 @@ from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
-from carft_ray.results.confirmation import confirm_lines
+from carft_ray.results.confirmation import confirm_lines, last_stage
 from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
@@ -69,7 +69,7 @@ def study_report(view: Overview) -> dict[str, Any]:
     )
     spec, chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], recipe)
     data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
-    model, of_model = _model(view, [*trials, *baselines], data["noise"])
+    model, of_model = _model(view, trials, data["noise"])
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
         device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
@@ -162,7 +162,9 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
     that choice. A file keeps its seed, so the noise is that of the images. None in a Pareto search.
     """
     model, standing = delivered(view.study_dir, view.log)
-    trained = (*rows, *(row for row in view.confirmations if row.outcome == "complete"))
+    stage = last_stage(view.study_dir)
+    fresh = [row for row in view.confirmations if stage and row.name.startswith(f"{stage.winner}-seed")]
+    trained = (*rows, *fresh)
     tried = [point["objective"] for row in trained for point in view.result(row).get("curve") or () if point["alpha"]]
     corrected = None
     text = f"Model of `export`: {model['name']} at alpha {model['alpha']:.2f}, {STANDING[standing]}. Its objective is "
@@ -170,8 +172,8 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
     if noise is not None:
         optimism = correct_best(tried, noise["image"])["optimism"]
         corrected = {"value": model["objective"] - optimism, "optimism": optimism, "num_tried": len(tried)}
-        of = f"{counted(len(tried), 'value')} of all trainings and alphas"
-        text += f", {100 * corrected['value']:.1f} % without the selection bias of {of}"
+        of = f"{counted(len(tried), 'value')}, each training at each alpha"
+        text += f", {100 * corrected['value']:.1f} % without the selection bias of the best of {of}"
     return {**model, "standing": standing, "corrected": corrected}, f"{text}."
 
 

@@ -27,6 +27,7 @@ from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 from carft_ray.study.training import TrialRow, file_of
 
+_PARTS = ("rows", "baselines", "others")
 Chosen = dict[str, dict[str, BoolArray]]
 
 
@@ -94,7 +95,7 @@ def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
 
     Args:
         study_dir: The study directory.
-        of: ``layout.CONFIRM`` or ``TEST_DIR``.
+        of: ``layout.CONFIRM``, ``TEST_DIR``, or the folder of one read in it.
 
     Raises:
         StorageError: The file is damaged.
@@ -102,7 +103,8 @@ def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
     path = study_dir / of / SUMMARY
     if not files.exists(path):
         return None
-    content: dict[str, Any] = typed.checked(typed.Compared, files.read_json(study_dir, f"{of}/{SUMMARY}"), str(path))
+    form = typed.Compared if of == CONFIRM else typed.Tested
+    content: dict[str, Any] = typed.checked(form, files.read_json(study_dir, f"{of}/{SUMMARY}"), str(path))
     subject: Subject = "values" if of == CONFIRM or content.get("confirmed") else "model"
     about = {"kind": "confirm" if of == CONFIRM else "test", "seeds": content.get("seeds", [])}
     if model := content.get("model"):
@@ -121,6 +123,10 @@ def _told(found: dict[str, Any], about: Mapping[str, Any], path: str) -> dict[st
         raise typed.wrong(path, "the winner must be one of the rows", found["winner"])
     if others := [gap["other"] for gap in (*found["baselines"], *found["others"]) if gap["other"] not in roles]:
         raise typed.wrong(path, "each difference must be from one of the rows", others[0])
+    names = found["rows"][0]["sets"].keys()
+    if not names or any(each["sets"].keys() != names for key in _PARTS for each in found[key]):
+        raise typed.wrong(path, "all rows and differences must be of the same sets", None)
+    found.setdefault("without_shared_images", None)
     if without := found.get("without_shared_images"):
         found["without_shared_images"] = _told(without, about, path)
     return judged({**found, **about})
@@ -142,8 +148,10 @@ def of_search(
         {"name": row.name, "role": "baseline" if row in baselines else "winner", "alpha": row.alpha or 0.0, "seeds": 0}
         for row in (best, *baselines)
     ]
-    label = LABELS["search"]
+    names, label = {row.name for row in baselines}, LABELS["search"]
+    missing = [name for name in recipe.search.baselines if name not in names]
     if recipe.search.objective.kind == "pareto":
         label += f", by {spec.id_weight:g} ID + {1 - spec.id_weight:g} OOD"
     correct = {row.name: chosen[row.name] for row in (best, *baselines)}
-    return compare("search", "values", spec, rows, correct, recipe.search.objective.id_margin, label=label)
+    margin = recipe.search.objective.id_margin
+    return compare("search", "values", spec, rows, correct, margin, label=label, missing=missing)

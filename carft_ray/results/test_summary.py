@@ -30,7 +30,7 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, sample_i
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import Stage, last_stage, options_to_go_on, read_plan, whole_rows
+from carft_ray.results.confirmation import Stage, last_stage, missing_baselines, options_to_go_on, read_plan, whole_rows
 from carft_ray.results.delivered import models_of_confirm, models_of_search
 from carft_ray.results.evidence import Subject, compare, comparison_lines, row_lines
 from carft_ray.results.statistics.images import with_images
@@ -62,7 +62,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
         same for all rows; ``rows``, the winner first: ``name``, ``role`` (``winner``, ``candidate`` or ``baseline``),
         ``alpha``, which is never chosen again, ``objective`` in the search, and ``runs``, folders of its trainings in
         the order of the seeds; none for zero-shot. ``models``: as of ``delivered``; empty without a confirm: then the
-        rows themselves are models. ``missing``: baselines that failed with a fresh seed.
+        rows themselves are models. ``missing``: baselines without a result, or without one of the fresh seeds.
 
     Raises:
         NoSuccessfulTrialError: The search has no finished trial, or a confirm was begun and is not finished.
@@ -72,7 +72,8 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
     if stage is not None:
         return _of_confirm(study_dir, recipe, stage)
     rows = models_of_search(study_dir, rows_by_kind(study_dir))
-    return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows, "models": []}
+    missing = [name for name in recipe.search.baselines if all(row["name"] != name for row in rows)]
+    return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows, "models": [], "missing": missing}
 
 
 def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -81,14 +82,15 @@ def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]
     failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
     whole = [row for row, _ in whole_rows(stage, confirmations(study_dir))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
-    has_winner = any(row.role == "winner" for row in whole)
-    if unfinished or not has_winner or confirmed.get("seeds") != list(stage.seeds):
+    winner = next((row.name for row in whole if row.role == "winner"), None)
+    is_summed_up = (confirmed.get("winner"), confirmed.get("seeds")) == (winner, list(stage.seeds))
+    if unfinished or winner is None or not is_summed_up:
         first, second = read_plan(study_dir) or (stage, None)
         options = options_to_go_on(first, second, recipe, confirmations(study_dir), first.winner)
         command = f"carft-ray confirm {shlex.quote(named(study_dir))} {options}{trust_word(recipe)}"
         step = f"Finish it: {command}\n    Or move" if options else "Each of its trials has failed with a seed. Move"
         step += f" {study_dir / CONFIRM} away, and one training of each is compared."
-        value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
+        value = f"one without all seeds of {'; '.join(unfinished)}" if unfinished else "one without its summary"
         rule = "a started confirm must be finished"
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
     rows = []
@@ -96,7 +98,8 @@ def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]
         runs = [f"{CONFIRM}/{name}" for name in stage.names(row)]  # none of the zero-shot model
         rows.append({"name": row.name, "role": row.role, "alpha": row.alpha, "objective": row.objective, "runs": runs})
     models = models_of_confirm(study_dir, rows_by_kind(study_dir), *(read_plan(study_dir) or (stage, None)))
-    return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows, "models": models}
+    missing = missing_baselines(recipe, stage, whole)
+    return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows, "models": models, "missing": missing}
 
 
 def read_record(
@@ -160,6 +163,7 @@ def summarise(
             correct[row["name"]] = {name: correct_matrix(found, name) for name in spec.sets}
         facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
         margin, seeds, documents = recipe.search.objective.id_margin, compared["seeds"], []
+        missing = [name for name in compared.get("missing", ()) if name not in correct]
         for mask in masks:
             own, fewer, label = ids, correct, ""
             if mask is not None:
@@ -167,7 +171,9 @@ def summarise(
                 fewer = {row: {name: x[:, mask[name]] for name, x in sets.items()} for row, sets in correct.items()}
                 label = "test sets without images that are in other roles"
             images = with_images(spec, recipe, own)
-            documents.append(compare("test", subject, images, facts, fewer, margin, seeds, label=label))
+            documents.append(
+                compare("test", subject, images, facts, fewer, margin, seeds, label=label, missing=missing)
+            )
         whole, *without = documents
         for each in without:
             each["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}

@@ -5,7 +5,7 @@ and ``best.yaml`` is written where the kill came first.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from carft_ray import files
@@ -22,7 +22,8 @@ OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is on
 
 
 class Retention:
-    """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials and of all baselines, no others.
+    """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials, of those that the ledger has fixed,
+    and of all baselines, no others.
 
     Of a failed or cut training no attempt's files stay, of a complete one those of its result, without checkpoints. In
     a Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
@@ -32,11 +33,12 @@ class Retention:
         study_dir: The study directory.
         recipe: Of the study.
         store: Of the study's log: it is told what goes.
+        fixed: Names of trials that stay in any case: the ledger has fixed them (``ledger.fixed_trials``).
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, store: Store) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, store: Store, fixed: Collection[str] = ()) -> None:
         self._study_dir, self._recipe, self._store = study_dir, recipe, store
-        self._rule = front_rule(recipe.search)
+        self._rule, self._fixed = front_rule(recipe.search), fixed
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 
@@ -70,7 +72,8 @@ class Retention:
     def _worse(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
         """Returns the trials among those by name whose weights do not stay."""
         ranked = best_first(self._ranked(rows))
-        return [row for row in ranked[self._recipe.search.keep_checkpoints :] if not row.standing]
+        worse = ranked[self._recipe.search.keep_checkpoints :]
+        return [row for row in worse if not row.standing and row.name not in self._fixed]
 
     def _remove(self, name: str) -> None:
         self._store.forget_files(name)

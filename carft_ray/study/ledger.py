@@ -216,6 +216,23 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose == TEST]
 
 
+def fixed_trials(log: Log) -> set[str]:
+    """Returns the names of the trials that were fixed as winners of a confirm, or read on the test sets.
+
+    Raises:
+        StorageError: A line is not as carft-ray writes it.
+    """
+    found = set()
+    for _, entry in _entries(log):
+        if entry.purpose == WINNER_FIXED:
+            found.add(str(entry.details.get("winner")))
+        elif entry.purpose == TEST and entry.details.get("rows"):
+            read = typed.checked(typed.Fixed, entry.details, LEDGER)
+            rows = (*read["rows"], *read.get("models", ()))
+            found |= {run.rpartition("/")[2] for row in rows for run in row["runs"]}
+    return found
+
+
 def require_unread(
     study_dir: Path,
     recipe: Recipe,

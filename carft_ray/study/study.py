@@ -38,6 +38,7 @@ from carft_ray.study import rows, training, typed
 from carft_ray.study.best import Retention
 from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
+from carft_ray.study.ledger import fixed_trials
 from carft_ray.study.proposals import pruning, samplers
 from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
 from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
@@ -64,7 +65,7 @@ class Study:
         self.log, self._storage = log, storage
         self.stop = Stop(study_dir, log)
         self.journal = Journal(study_dir, recipe, log, storage)
-        self.retention = Retention(study_dir, recipe, log.store)
+        self.retention = Retention(study_dir, recipe, log.store, fixed_trials(log))
         self._references: dict[str, float] = {}  # ID accuracies of the baselines that constraints name, once known
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()

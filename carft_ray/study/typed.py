@@ -187,12 +187,14 @@ class PlanRow(_Strict):
     objective: Number
     chosen_from: Count = 1
 
+    model_config = ConfigDict(extra="forbid")
+
 
 class Stage(_Strict):
     """One stage of it."""
 
     winner: Words
-    seeds: list[Seed | Words]  # a text becomes part of a name, which is checked
+    seeds: Annotated[list[Seed | Words], Field(min_length=1)]  # a text becomes part of a name, which is checked
     rows: list[PlanRow]
 
 
@@ -223,6 +225,7 @@ class Row(_Strict):
     name: Words
     role: Words
     alpha: Share
+    seeds: Count
     chosen_from: Count = 0
     objective: Interval
     id_accuracy: Interval
@@ -262,12 +265,24 @@ class Model(_Strict):
     chosen_from: Count
 
 
+class ReadRow(_Strict):
+    """A configuration that is read: its trainings and their alpha."""
+
+    name: Words
+    role: Words
+    alpha: Share
+    objective: Number
+    runs: list[Words]
+
+
 class Fixed(_Strict):
     """What a read of the test sets has fixed, as ``results.delivered`` takes it from the ledger."""
 
-    confirmed: bool = False
-    rows: list[dict[str, Any]] = []
+    confirmed: bool
+    seeds: list[Seed]
+    rows: Annotated[list[ReadRow], Field(min_length=1)]
     models: list[Model] = []
+    missing: list[Words] = []
 
 
 class Comparison(_Strict):
@@ -292,10 +307,30 @@ class Compared(Comparison):
     chosen_by: Words = ""
     failed: list[Words] = []
     model: Comparison | None = None
-    read: Count = 0
-    time: Words = ""
-    user: Words = ""
-    reason: Words | None = None
+
+
+class OtherRead(_Strict):
+    """A read of the same images by another study."""
+
+    study: Words
+    time: Words
+    user: Words
+    sets: list[Words]
+
+
+class Tested(Compared):
+    """``summary.json`` of a test."""
+
+    confirmed: bool
+    seeds: list[Seed]
+    sets: dict[str, Count]
+    read: Count
+    time: Words
+    user: Words
+    reason: Words | None
+    searches_after_a_read: Count
+    elsewhere: list[OtherRead]
+    changed_sets: list[Words] = []
 
 
 def checked(kind: type[BaseModel], value: Content, place: str) -> Content:
