@@ -606,3 +606,10 @@ def test_a_pack_that_cannot_be_written_harms_nothing(server, monkeypatch):
     search(claimed(in_bucket(server))).release()
     assert read(in_bucket(server)).number > 5
     assert not [name for name in server.objects() if "pack" in name]
+
+
+def test_a_record_whose_kind_is_no_text_is_no_claim(tmp_path):
+    log = claimed(Folder(tmp_path))
+    assert log.holds_only_claims
+    log.records.append((2, {"kind": ["owner"]}))
+    assert not log.holds_only_claims

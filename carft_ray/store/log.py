@@ -173,8 +173,8 @@ class Log(BaseJournalBackend):
     @property
     def holds_only_claims(self) -> bool:
         """Whether nothing was committed, as far as the log was read, but who claimed and released it."""
-        kinds = {record.get("kind") for _, record in self.records}
-        return not self._num_dropped and not self._operations and kinds <= {OWNER, RELEASED}
+        only_claims = all(record.get("kind") in (OWNER, RELEASED) for _, record in self.records)
+        return only_claims and not self._num_dropped and not self._operations
 
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
