@@ -34,6 +34,14 @@ def copy(folder, place):
     return place / "study"
 
 
+def alone(folder, place, monkeypatch):
+    """Copies it all into an empty folder, which becomes the working directory; no other study has read its images."""
+    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
+    copy(folder, place)
+    monkeypatch.chdir(place)
+    return place
+
+
 def make(folder, short_training, *overrides, trials=2):
     """Writes images and recipe into ``folder`` and searches in ``folder/study``; returns the study directory."""
     recipe = load_recipe(write(folder, short_training), [*settings(folder, trials), *overrides])

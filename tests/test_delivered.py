@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 
 import own_functions
@@ -73,6 +72,10 @@ def searched(request, tmp_path, monkeypatch):
         yield place(server.address("study"))
 
 
+def model_of(study_dir):
+    return delivered(study_dir, rows_by_kind(study_dir))
+
+
 def sha256(study, model):
     """Of the file in the study."""
     folder = fetched(study, 3)
@@ -109,10 +112,7 @@ def test_the_exported_model_is_the_tested_one_of_the_ledger(searched, run, tmp_p
 @pytest.fixture
 def confirmed(tmp_path_factory, tmp_path, monkeypatch):
     """A study with a finished confirm."""
-    folder = short_sealed.shared(tmp_path_factory)
-    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
-    short_sealed.copy(folder, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    short_sealed.alone(short_sealed.shared(tmp_path_factory), tmp_path, monkeypatch)
     overrides = ["resources.executor=debug"]
     carft_ray.confirm("study", top=1, seeds=2, overrides=overrides, trust_paths=True, progress=False)
     return tmp_path / "study"
@@ -135,7 +135,7 @@ def test_each_model_is_the_best_of_its_own_trainings_on_validation(confirmed):
 
 
 def test_another_training_or_alpha_says_that_it_was_not_tested(confirmed, run):
-    fixed, _ = delivered(confirmed)
+    fixed, _ = model_of(confirmed)
     other = next(row.name for row in rows_by_kind(confirmed)["trial"] if row.name != fixed["trial"])
     assert run("test", "study", "--trust-paths")[0] == 0
     code, _, err = run("export", "study", "--to", "same", "--trust-paths", "--trial", fixed["trial"])
@@ -153,7 +153,7 @@ def test_another_training_or_alpha_says_that_it_was_not_tested(confirmed, run):
 
 
 def test_other_weights_than_those_of_the_ledger_are_refused(confirmed):
-    fixed, _ = delivered(confirmed)
+    fixed, _ = model_of(confirmed)
     row = next(row for rows in rows_by_kind(confirmed).values() for row in rows if row.training == fixed["runs"][0])
     require_weights_of(confirmed, row, fixed)
     with pytest.raises(StorageError, match="must have the weights that the ledger has fixed, SHA-256 000000000000"):
@@ -202,7 +202,7 @@ def test_what_a_confirm_and_a_test_have_fixed_stays_when_better_trials_follow(co
     [row] = [row for row in rows_by_kind(confirmed)["trial"] if row.name == read_plan(confirmed)[0].winner]
     assert fixed_trials(log_of(confirmed)) == {row.name}
     assert run("test", "study", "--trust-paths")[0] == 0
-    model, _ = delivered(confirmed)
+    model, _ = model_of(confirmed)
     assert fixed_trials(log_of(confirmed)) >= {row.name, model["trial"].removeprefix("confirm/")}
     recipe = load_recipe(confirmed / "resolved.yaml", ["search.keep_checkpoints=1"])
     retention = Retention(confirmed, recipe, Folder(confirmed), fixed_trials(log_of(confirmed)))
@@ -258,5 +258,5 @@ def test_a_strangers_plan_is_one_message(confirmed, run, change, words):
 def test_a_model_whose_weights_are_gone_is_none_and_the_next_best_of_its_values_is(confirmed):
     [row] = [row for row in rows_by_kind(confirmed)["trial"] if row.name == read_plan(confirmed)[0].winner]
     (row.place(confirmed) / WEIGHTS).unlink()
-    fixed, standing = delivered(confirmed)
+    fixed, standing = model_of(confirmed)
     assert (standing, fixed["trial"].startswith("confirm/")) == ("confirmed", True)

@@ -40,10 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch):
     """The working directory with a copy of all that; no other study has read these images."""
-    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
-    short_sealed.copy(folder, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return short_sealed.alone(folder, tmp_path, monkeypatch)
 
 
 @pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.whole)])

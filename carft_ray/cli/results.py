@@ -76,6 +76,7 @@ def evaluate_test_sets(
     from carft_ray.results.sealed_read import read_sealed
     from carft_ray.results.test_summary import read_lines
     from carft_ray.store.copy import MODELS
+    from carft_ray.study.ledger import read_folder
     from carft_ray.study.place import named, own_folder
 
     step = f"Resume with: {common.command_line('test', study, trust_paths=trust_paths)}"
@@ -87,7 +88,7 @@ def evaluate_test_sets(
     ood_sets = [name for name in summary["sets"] if name != "id_test"]
     console.show(console.estimate_table(summary["rows"], ood_sets, "test sets, %"))
     console.say("\n" + "\n".join([*shared_lines(read_shared(folder)), *read_lines(summary)]))
-    console.say(f"Results: {folder / 'test' / 'read-'}{summary['read']}")
+    console.say(f"Results: {folder / read_folder(summary['read'])}")
     common.suggest(study, "test", changed=True)
 
 

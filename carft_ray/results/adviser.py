@@ -22,7 +22,7 @@ from carft_ray.results.confirmation import options_to_go_on, read_plan
 from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
+from carft_ray.study.ledger import Entry, needs_reason, read_folder, read_ledger, reads_of
 from carft_ray.study.place import Place, named
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
@@ -217,6 +217,6 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     if not reads:
         again = AGAIN if inherited_reads(view.study_dir) else ""
         return [f"test {folder}{again}"]
-    if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and continues
+    if not (view.study_dir / read_folder(len(reads)) / SUMMARY).exists():  # it was killed, and continues
         return [f"test {folder}"]
     return []

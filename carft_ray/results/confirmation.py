@@ -87,6 +87,10 @@ class Stage:
         """Returns the names of a row's trainings, seed by seed; none of the zero-shot model."""
         return [] if row.training is None else [training_name(row.training, seed) for seed in self.seeds]
 
+    def baselines(self, recipe: Recipe) -> list[str]:
+        """Returns the names of the baselines that there should be: those of the study's recipe, and the stage's own."""
+        return [*recipe.search.baselines, *(row.name for row in self.rows if row.role == "baseline")]
+
     def trainings(self) -> dict[str, dict[str, Any]]:
         """Returns the values of every training by its name, winner first, then seed by seed."""
         found: dict[str, dict[str, Any]] = {}
@@ -448,7 +452,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         recipe.search.objective.id_margin,
         stage.seeds,
         searched=winner.objective,
-        missing=missing_baselines(recipe, stage, [row for row, _ in whole]),
+        baselines=stage.baselines(recipe),
     )
     content = {
         **found,
@@ -513,13 +517,6 @@ def whole_rows(stage: Stage, trainings: Sequence[TrialRow]) -> list[tuple[PlanRo
     complete = {row.name: row for row in trainings if row.outcome == "complete"}
     rows = [(row, stage.names(row)) for row in stage.rows]
     return [(row, [complete[name] for name in names]) for row, names in rows if all(name in complete for name in names)]
-
-
-def missing_baselines(recipe: Recipe, stage: Stage, whole: Sequence[PlanRow]) -> list[str]:
-    """Returns the names of the baselines, of the recipe and of a stage, of which not all trainings are complete."""
-    wanted = dict.fromkeys([*recipe.search.baselines, *(row.name for row in stage.rows if row.role == "baseline")])
-    known = {row.name for row in whole}
-    return [name for name in wanted if name not in known and not name.endswith(AT_ONE)]
 
 
 def row_correct(

@@ -16,13 +16,13 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import point_at
 from carft_ray.layout import CONFIRM, RESULT, SUMMARY, TEST_DIR, WEIGHTS
 from carft_ray.results.confirmation import PlanRow, Stage, last_stage, read_plan, whole_rows
-from carft_ray.results.evidence import AT_ONE, headline_lines, in_points
+from carft_ray.results.evidence import AT_ONE, headline_lines, in_points, winner_of
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.stored import read_compared
 from carft_ray.store.log import Log
 from carft_ray.study import typed
-from carft_ray.study.ledger import read_ledger, reads_of
-from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished, require_finished, rows_by_kind
+from carft_ray.study.ledger import LEDGER, fixed_in, read_folder, read_ledger, reads_of
+from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, num_finished, require_finished
 from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.words import counted
 
@@ -35,31 +35,34 @@ STANDING: dict[Standing, str] = {
 }
 # a delivered model: ``name`` (of the training of the winner, else of the baseline), ``role``, ``trial`` (as `--trial`
 # takes it; None of the zero-shot model), ``runs`` (its folder in the study, a list of none or one), ``alpha``,
-# ``objective`` on validation, ``sha256`` of its fine-tuned weights, ``chosen_from``: the
-# number of trainings that it is the best of
+# ``objective`` on validation, ``sha256`` of its fine-tuned weights, ``chosen_from``: the number of trainings that it is
+# the best of
 Model = dict[str, Any]
 
 
-def delivered(study_dir: Path, log: Log | None = None) -> tuple[Model, Standing]:
+def delivered(
+    study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]], log: Log | None = None
+) -> tuple[Model, Standing]:
     """Returns the model that a study delivers, and what has been done with it.
 
     Args:
         study_dir: The study directory.
-        log: Its open log, if there is one.
+        rows: All its trainings.
+        log: Its log, where it has been read already.
 
     Raises:
         NoSuccessfulTrialError: No trial has finished.
         HoldOutError, StorageError: The study is damaged.
     """
-    stages, rows = read_plan(study_dir), rows_by_kind(study_dir)
     reads = reads_of(read_ledger(study_dir, log))
     if reads and "rows" in reads[-1].details:
-        details = typed.checked(typed.Fixed, reads[-1].details, "the ledger")
-        if fixed := details.get("models") or ([] if details.get("confirmed") else details.get("rows")):
-            of_earlier_releases = {"trial": fixed[0].get("name"), "sha256": None, "chosen_from": 0}
-            model = typed.checked(typed.Model, {**of_earlier_releases, **fixed[0]}, "the ledger")
-            has_ended = files.exists(study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY)
+        details = fixed_in(reads[-1])
+        if fixed := details.get("models") or ([] if details["confirmed"] else details["rows"]):
+            of_earlier_releases = {"trial": fixed[0]["name"], "sha256": None, "chosen_from": 0}
+            model = typed.checked(typed.Model, {**of_earlier_releases, **fixed[0]}, LEDGER)
+            has_ended = files.exists(study_dir / read_folder(len(reads)) / SUMMARY)
             return model, "tested" if has_ended else "fixed"
+    stages = read_plan(study_dir)
     if stages and (found := models_of_confirm(study_dir, rows, *stages)):
         return found[0], "confirmed"
     return models_of_search(study_dir, rows)[0], "searched"
@@ -95,10 +98,8 @@ def models_of_confirm(
     own = {row.name: row for kind in ("baseline", "trial") for row in rows[kind] if row.outcome == "complete"}
     if not any(row.role == "winner" and trained for row, trained in whole_rows(last, rows["confirm"])):
         return []
-    complete, fresh = (
-        {row.name: row for row in rows["confirm"] if row.outcome == "complete"},
-        dict[str, list[TrialRow]](),
-    )
+    complete = {row.name: row for row in rows["confirm"] if row.outcome == "complete"}
+    fresh: dict[str, list[TrialRow]] = {}
     for stage in filter(None, (first, second)):
         for row in stage.rows:
             fresh.setdefault(row.name, []).extend(complete[name] for name in stage.names(row) if name in complete)
@@ -122,9 +123,8 @@ def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number:
     points = [(point_at(result_of(study_dir, each).get("curve") or (), row.alpha), each) for each in kept]
     measured = [(point["objective"], each) for point, each in points if point is not None]
     if not measured:
-        raise typed.wrong(
-            str(kept[-1].place(study_dir) / RESULT), "its curve must have the alpha of the plan", row.alpha
-        )
+        place = kept[-1].place(study_dir) / RESULT
+        raise typed.wrong(str(place), "its curve must have the alpha of the plan", row.alpha)
     objective, best = max(measured, key=lambda pair: pair[0])
     return _model(study_dir, best, row.role, row.alpha, objective, number, row.name)
 
@@ -198,31 +198,28 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
         NoSuccessfulTrialError, UsageError: As ``open_finished``.
         HoldOutError, StorageError: The study is damaged, or has other weights than the ledger.
     """
-    model, standing = (
-        delivered(study_dir) if trial is None or best_row(rows_by_kind(study_dir)["trial"]) else (None, None)
-    )
+    log, rows = log_and_rows(study_dir)
+    model, standing = delivered(study_dir, rows, log) if trial is None or best_row(rows["trial"]) else (None, None)
     finished = open_finished(study_dir, model["trial"] if model and trial is None else trial, "--trial")
     is_it = model is not None and finished.name == model["trial"]
     own = model["alpha"] if model and is_it else finished.result["alpha"]
-    used, sha256 = (
-        own if alpha is None else alpha,
-        None if finished.is_zero_shot else weights_of(study_dir, finished.row),
-    )
+    used = own if alpha is None else alpha
+    sha256 = None if finished.is_zero_shot else weights_of(study_dir, finished.row)
     if model is None or standing is None or not is_it or used != own:
         words = f"{finished.name} at alpha {used:g}, not tested"
         other = f"; the study delivers {model['trial']} at alpha {model['alpha']:g}" if model else ""
         return Choice(finished.name, used, "other", sha256, f"{words}{other}")
     require_weights_of(study_dir, finished.row, model)
     about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}: {STANDING[standing]}")
-    return _with_evidence(study_dir, about)
+    return _with_evidence(study_dir, log, about)
 
 
-def _with_evidence(study_dir: Path, about: Choice) -> Choice:
+def _with_evidence(study_dir: Path, log: Log, about: Choice) -> Choice:
     """Returns a choice with what a test has measured of the model, else a confirm of its values."""
     found, num_images = None, {}
     if about.standing == "tested":
-        last_read = len(reads_of(read_ledger(study_dir)))
-        if whole := read_compared(study_dir, f"{TEST_DIR}/read-{last_read}"):
+        last_read = len(reads_of(read_ledger(study_dir, log)))
+        if whole := read_compared(study_dir, read_folder(last_read)):
             found, num_images, on = whole.get("model") or whole, whole["sets"], f"the test sets (read {last_read})"
     elif about.standing == "confirmed" and (found := read_compared(study_dir, CONFIRM)):
         last = last_stage(study_dir)
@@ -233,12 +230,9 @@ def _with_evidence(study_dir: Path, about: Choice) -> Choice:
         on += "values with fresh seeds"
     if not found:
         return about
-    row = next(row for row in found["rows"] if row["role"] == "winner")
-    if about.standing == "tested" and (row["name"], row["alpha"], row.get("sha256", about.sha256)) != (
-        about.trial,
-        about.alpha,
-        about.sha256,
-    ):
+    row = winner_of(found["rows"])
+    is_it = (row["name"], row["alpha"], row.get("sha256", about.sha256)) == (about.trial, about.alpha, about.sha256)
+    if about.standing == "tested" and not is_it:
         rule = "its winner must be the model that the ledger has fixed"
         raise typed.wrong(str(study_dir / TEST_DIR / SUMMARY), rule, row["name"])
     accuracies = {name: in_points(each["mean"], each["ends"]) for name, each in row["sets"].items()}

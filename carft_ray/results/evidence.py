@@ -14,7 +14,7 @@ Shape letters: r seeds, n images of one set. Accuracies are fractions; text is i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ def compare(
     seeds: Sequence[int] = (),
     searched: float | None = None,
     label: str = "",
-    missing: Sequence[str] = (),
+    baselines: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Compares the winner with all other configurations.
 
@@ -62,27 +62,28 @@ def compare(
         spec: The objective, its sets and their images.
         rows: Facts about each configuration: ``name``, ``role`` (``winner``, ``candidate``, ``baseline``,
             ``ablation``), ``alpha``, and more that the document keeps.
-        correct: By name and set its correctness, bool [r, n], images and seeds in one order. One with r = 1 among
-            others with more (the zero-shot model) counts as the same for every seed in differences.
+        correct: By name and set the correctness of each row, and perhaps of others, bool [r, n], images and seeds in
+            one order. One with r = 1 among others with more (the zero-shot model) counts as the same for every seed in
+            differences.
         id_margin: How much ID accuracy may be lost at most, a fraction.
         seeds: Fresh seeds of the trainings.
         searched: The search's objective of the winner, for the optimism.
         label: What was measured; default: of ``LABELS``.
-        missing: Names of baselines without a result. They are not compared, so no improvement is shown.
+        baselines: Names of all baselines that there should be. Those that are none of ``rows`` have no result; with
+            one of these no improvement is shown.
 
     Returns:
         Plain data, intervals as of ``Interval.data``: ``kind``, ``subject``, ``seeds``, ``label``, ``winner``,
-        ``id_margin``, ``missing``; ``rows`` as given, each with ``objective``, ``id_accuracy``, ``ood_accuracy`` (None
-        without an OOD set) and ``sets``; ``optimism`` (None without ``searched``): ``searched``, ``value`` = searched
-        - mean, ``se`` = s sqrt(1 + 1 / r) with s the pooled sd between seeds, at least that of their residual (None
-        with one seed); and the rest as of ``judged``.
+        ``id_margin``, ``missing`` (baselines without a result); ``rows`` as given, each with ``objective``,
+        ``id_accuracy``, ``ood_accuracy`` (None without an OOD set) and ``sets``; ``optimism`` (None without
+        ``searched``): ``searched``, ``value`` = searched - mean, ``se`` = s sqrt(1 + 1 / r) with s the pooled sd of the
+        seeds, at least that of their residual (None with one seed); and the rest as of ``judged``.
 
     Raises:
         ValueError: The numbers of seeds or images do not belong together.
     """
-    winner = next(row["name"] for row in rows if row["role"] == "winner")
-    gaps = []
-    for name in correct:
+    winner, names, gaps = winner_of(rows)["name"], [row["name"] for row in rows], []
+    for name in names:
         if name != winner:
             found = {key: each.data() for key, each in differences(spec, correct[winner], correct[name]).items()}
             kept = found[spec.id_set]["ends"][0] > -id_margin
@@ -94,9 +95,11 @@ def compare(
         "label": label or LABELS[kind],
         "winner": winner,
         "id_margin": id_margin,
-        "missing": list(missing),
+        "missing": lacking(baselines, names),
         "rows": [{**row, **_measured(spec, correct[row["name"]])} for row in rows],
-        "optimism": None if searched is None else _optimism(spec, correct, winner, searched),
+        "optimism": None
+        if searched is None
+        else _optimism(spec, [correct[name] for name in names], correct[winner], searched),
     }
     return judged({**document, "baselines": [], "others": gaps})
 
@@ -114,11 +117,13 @@ def judged(document: Document) -> dict[str, Any]:
         on every baseline is; ``measured_higher``, the candidates whose whole interval is above the winner.
     """
     roles = {row["name"]: row["role"] for row in document["rows"]}
-    gaps = [*document["baselines"], *document["others"]]
-    baselines = [gap for gap in gaps if roles[gap["other"]] == "baseline" and not gap["other"].endswith(AT_ONE)]
-    found = {**document, "baselines": baselines, "others": [gap for gap in gaps if gap not in baselines]}
+    baselines, others = list[Mapping[str, Any]](), list[Mapping[str, Any]]()
+    for gap in (*document["baselines"], *document["others"]):
+        counts = roles[gap["other"]] == "baseline" and not gap["other"].endswith(AT_ONE)
+        (baselines if counts else others).append(gap)
+    found = {**document, "baselines": baselines, "others": others}
     above = bool(baselines) and all(gap["objective"]["ends"][0] > 0 for gap in baselines)
-    candidates = [gap for gap in gaps if roles[gap["other"]] == "candidate"]
+    candidates = [gap for gap in others if roles[gap["other"]] == "candidate"]
     return {
         **found,
         "nearest": nearest(baselines)["other"] if baselines else None,
@@ -126,6 +131,16 @@ def judged(document: Document) -> dict[str, Any]:
         "shown": above and may_claim(document),
         "measured_higher": [gap["other"] for gap in candidates if gap["objective"]["ends"][1] < 0],
     }
+
+
+def winner_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the winner's row."""
+    return next(row for row in rows if row["role"] == "winner")
+
+
+def lacking(baselines: Iterable[str], names: Collection[str]) -> list[str]:
+    """Returns the names of the baselines, each once, that are none of those that have a result."""
+    return [name for name in dict.fromkeys(baselines) if name not in names and not name.endswith(AT_ONE)]
 
 
 def may_claim(document: Document) -> bool:
@@ -154,8 +169,7 @@ def headline(document: Document) -> str:
     better, worse = MAY if may_claim(document) else MEASURED
     winner = document["winner"]
     if document["subject"] == "model":
-        alpha = next(row["alpha"] for row in document["rows"] if row["name"] == winner)
-        winner = f"this model, {winner} at alpha {alpha:.2f}"
+        winner = f"this model, {winner} at alpha {winner_of(document['rows'])['alpha']:.2f}"
     low, high = about["objective"]["ends"]
     if low > 0:
         whom = near["other"]
@@ -223,9 +237,9 @@ def _measured(spec: ObjectiveSpec, correct: CorrectBySet) -> dict[str, Any]:
 
 
 def _optimism(
-    spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float
+    spec: ObjectiveSpec, correct: Sequence[CorrectBySet], winner: CorrectBySet, searched: float
 ) -> dict[str, float | None]:
-    own, pooled = values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
+    own, pooled = values_by_seed(spec, winner), seed_variances(spec, correct)
     se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
     return {"searched": searched, "value": searched - float(np.mean(own)), "se": se}
 
@@ -257,10 +271,10 @@ def comparison_lines(found: Document) -> list[str]:
             f"{found['winner']} minus each other configuration, {found['label']}: objective in points with its "
             "95 % interval. An interval that contains 0 shows neither better nor worse."
         )
-    for gap in (*found["baselines"], *found["others"]):
+    for gap in found["baselines"]:
         kept = "keeps ID" if gap["keeps_id"] else "keeping ID is not shown"
-        told = f"; {p_words(gap['objective']['p_value'])}; {kept}" if gap in found["baselines"] else ""
-        lines.append(f"    {gap['other']}: {_points(gap, signed=True)}{told}")
+        lines.append(f"    {gap['other']}: {_points(gap, signed=True)}; {p_words(gap['objective']['p_value'])}; {kept}")
+    lines += [f"    {gap['other']}: {_points(gap, signed=True)}" for gap in found["others"]]
     if found["baselines"]:
         lines.append(
             "    p: how often chance alone gives so large a difference, not adjusted for the number of baselines. It "
@@ -276,11 +290,11 @@ def comparison_lines(found: Document) -> list[str]:
         se = "" if optimism["se"] is None else f", standard error {100 * optimism['se']:.1f}"
         then = f"{100 * optimism['searched']:.1f} in the search, minus the winner's mean over these seeds"
         lines.append(f"Optimism of the search: {100 * optimism['value']:+.1f} points{se} ({then}).")
+    if missing := found.get("missing"):
+        lines.append(f"Without a result, and not compared: {', '.join(missing)}. So no improvement is shown.")
     objectives = [row["objective"] for row in found["rows"]]
     num_seeds = max(each["num_seeds"] for each in objectives)
     # a row of one seed among others with more is the zero-shot model, which has none to cover
-    if missing := found.get("missing"):
-        lines.append(f"Without a result, and not compared: {', '.join(missing)}. So no improvement is shown.")
     notes = dict.fromkeys(note for each in objectives if each["num_seeds"] == num_seeds for note in each["notes"])
     lines += [f"Note: {note}." for note in notes]
     return [*lines, *headline_lines(found)]

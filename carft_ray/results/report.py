@@ -31,7 +31,7 @@ from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, require_finished
-from carft_ray.study.training import TrialRow
+from carft_ray.study.training import Kind, TrialRow
 from carft_ray.untrusted import csv_cell
 from carft_ray.words import counted, times
 
@@ -161,7 +161,12 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
     It was chosen by its objective, among all trainings and alphas that were tried: ``corrected`` is without the bias of
     that choice. A file keeps its seed, so the noise is that of the images. None in a Pareto search.
     """
-    model, standing = delivered(view.study_dir, view.log)
+    known: dict[Kind, list[TrialRow]] = {
+        "trial": view.trials,
+        "baseline": view.baselines,
+        "confirm": view.confirmations,
+    }
+    model, standing = delivered(view.study_dir, known, view.log)
     stage = last_stage(view.study_dir)
     fresh = [row for row in view.confirmations if stage and row.name.startswith(f"{stage.winner}-seed")]
     trained = (*rows, *fresh)

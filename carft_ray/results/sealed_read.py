@@ -40,7 +40,7 @@ from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import Trained, open_run, require_weights, start_of_study
 from carft_ray.results.test_summary import changed_lines, compared_rows, read_record, summarise
 from carft_ray.store.log import Log
-from carft_ray.study import ledger, typed
+from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
 from carft_ray.study.place import named
 from carft_ray.study.provenance import made_of
@@ -97,9 +97,7 @@ def read_sealed(
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
-        compared = (
-            compared_rows(study_dir, recipe) if entry is None else typed.checked(typed.Fixed, entry.details, "ledger")
-        )
+        compared = compared_rows(study_dir, recipe) if entry is None else ledger.fixed_in(entry)
         models = compared.get("models") or []  # an earlier carft-ray has fixed none
         runs = _alphas_by_run([*compared["rows"], *models])
         trained = _trainings(study_dir, runs.keys() - {ZERO_SHOT})
@@ -263,7 +261,7 @@ def _again(study_dir: Path) -> str:
 
 
 def _read_dir(study_dir: Path, number: int) -> Path:
-    return study_dir / TEST_DIR / f"read-{number}"
+    return study_dir / ledger.read_folder(number)
 
 
 def _open_sources(recipe: Recipe) -> list[Source]:

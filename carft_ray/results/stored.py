@@ -148,10 +148,9 @@ def of_search(
         {"name": row.name, "role": "baseline" if row in baselines else "winner", "alpha": row.alpha or 0.0, "seeds": 0}
         for row in (best, *baselines)
     ]
-    names, label = {row.name for row in baselines}, LABELS["search"]
-    missing = [name for name in recipe.search.baselines if name not in names]
+    label = LABELS["search"]
     if recipe.search.objective.kind == "pareto":
         label += f", by {spec.id_weight:g} ID + {1 - spec.id_weight:g} OOD"
-    correct = {row.name: chosen[row.name] for row in (best, *baselines)}
-    margin = recipe.search.objective.id_margin
-    return compare("search", "values", spec, rows, correct, margin, label=label, missing=missing)
+    search = recipe.search
+    margin = search.objective.id_margin
+    return compare("search", "values", spec, rows, chosen, margin, label=label, baselines=search.baselines)

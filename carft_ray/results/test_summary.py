@@ -30,14 +30,15 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, sample_i
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import Stage, last_stage, missing_baselines, options_to_go_on, read_plan, whole_rows
+from carft_ray.results.confirmation import Stage, options_to_go_on, read_plan, whole_rows
 from carft_ray.results.delivered import models_of_confirm, models_of_search
-from carft_ray.results.evidence import Subject, compare, comparison_lines, row_lines
+from carft_ray.results.evidence import Subject, compare, comparison_lines, lacking, row_lines
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.place import named
-from carft_ray.study.rows import ZERO_SHOT, confirmations, rows_by_kind
+from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
+from carft_ray.study.training import Kind, TrialRow
 from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import counted, times
 
@@ -68,25 +69,27 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
         NoSuccessfulTrialError: The search has no finished trial, or a confirm was begun and is not finished.
         StorageError: The study or the plan of its confirm is damaged.
     """
-    stage = last_stage(study_dir)
-    if stage is not None:
-        return _of_confirm(study_dir, recipe, stage)
-    rows = models_of_search(study_dir, rows_by_kind(study_dir))
-    missing = [name for name in recipe.search.baselines if all(row["name"] != name for row in rows)]
+    stages, known = read_plan(study_dir), rows_by_kind(study_dir)
+    if stages is not None:
+        return _of_confirm(study_dir, recipe, known, *stages)
+    rows = models_of_search(study_dir, known)
+    missing = lacking(recipe.search.baselines, [row["name"] for row in rows])
     return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows, "models": [], "missing": missing}
 
 
-def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
+def _of_confirm(
+    study_dir: Path, recipe: Recipe, known: Mapping[Kind, Sequence[TrialRow]], first: Stage, second: Stage | None
+) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
+    stage, trained = second or first, known["confirm"]
     confirmed = read_compared(study_dir, CONFIRM) or {}
     failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
-    whole = [row for row, _ in whole_rows(stage, confirmations(study_dir))]
+    whole = [row for row, _ in whole_rows(stage, trained)]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     winner = next((row.name for row in whole if row.role == "winner"), None)
     is_summed_up = (confirmed.get("winner"), confirmed.get("seeds")) == (winner, list(stage.seeds))
     if unfinished or winner is None or not is_summed_up:
-        first, second = read_plan(study_dir) or (stage, None)
-        options = options_to_go_on(first, second, recipe, confirmations(study_dir), first.winner)
+        options = options_to_go_on(first, second, recipe, trained, first.winner)
         command = f"carft-ray confirm {shlex.quote(named(study_dir))} {options}{trust_word(recipe)}"
         step = f"Finish it: {command}\n    Or move" if options else "Each of its trials has failed with a seed. Move"
         step += f" {study_dir / CONFIRM} away, and one training of each is compared."
@@ -97,8 +100,8 @@ def _of_confirm(study_dir: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]
     for row in sorted(whole, key=lambda row: row.role != "winner"):
         runs = [f"{CONFIRM}/{name}" for name in stage.names(row)]  # none of the zero-shot model
         rows.append({"name": row.name, "role": row.role, "alpha": row.alpha, "objective": row.objective, "runs": runs})
-    models = models_of_confirm(study_dir, rows_by_kind(study_dir), *(read_plan(study_dir) or (stage, None)))
-    missing = missing_baselines(recipe, stage, whole)
+    models = models_of_confirm(study_dir, known, first, second)
+    missing = lacking(stage.baselines(recipe), [row.name for row in whole])
     return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows, "models": models, "missing": missing}
 
 
@@ -163,7 +166,6 @@ def summarise(
             correct[row["name"]] = {name: correct_matrix(found, name) for name in spec.sets}
         facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
         margin, seeds, documents = recipe.search.objective.id_margin, compared["seeds"], []
-        missing = [name for name in compared.get("missing", ()) if name not in correct]
         for mask in masks:
             own, fewer, label = ids, correct, ""
             if mask is not None:
@@ -171,8 +173,9 @@ def summarise(
                 fewer = {row: {name: x[:, mask[name]] for name, x in sets.items()} for row, sets in correct.items()}
                 label = "test sets without images that are in other roles"
             images = with_images(spec, recipe, own)
+            lacks = compared.get("missing", ())
             documents.append(
-                compare("test", subject, images, facts, fewer, margin, seeds, label=label, missing=missing)
+                compare("test", subject, images, facts, fewer, margin, seeds, label=label, baselines=lacks)
             )
         whole, *without = documents
         for each in without:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.results import test_summary
-from carft_ray.results.evidence import ENOUGH_SEEDS, NO_BASELINE, headline_lines, in_points, later_best
+from carft_ray.results.evidence import ENOUGH_SEEDS, NO_BASELINE, headline_lines, in_points, later_best, winner_of
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
@@ -64,7 +64,7 @@ def card(document: Document, form: str = "text") -> str:
 
 def _measured(document: Document, found: Document) -> list[Line]:
     """Returns the lines of the best evidence (``results.evidence``): result, accuracies, seeds."""
-    winner = next(row for row in found["rows"] if row["role"] == "winner")
+    winner = winner_of(found["rows"])
     is_new, more = found["kind"] == "test", (found.get("without_shared_images"), found.get("model"))
     said = headline_lines(found) or [f"{NO_BASELINE}; {found['label']}."]
     said += [line for each in more if each for line in headline_lines(each)]

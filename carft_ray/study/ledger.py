@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from carft_ray import __version__, files
 from carft_ray.errors import DataError, HoldOutError, Problem, StorageError, UsageError
-from carft_ray.layout import COMMITS, MANIFEST
+from carft_ray.layout import COMMITS, MANIFEST, TEST_DIR
 from carft_ray.recipe import space
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
@@ -216,6 +216,21 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose == TEST]
 
 
+def read_folder(number: int) -> str:
+    """Returns the folder, in a study, of a read of the test sets, from 1."""
+    return f"{TEST_DIR}/read-{number}"
+
+
+def fixed_in(entry: Entry) -> dict[str, Any]:
+    """Returns what a read has fixed: ``rows``, ``models``, ... (``typed.Fixed``).
+
+    Raises:
+        StorageError: carft-ray has not written it.
+    """
+    found: dict[str, Any] = typed.checked(typed.Fixed, entry.details, LEDGER)
+    return found
+
+
 def fixed_trials(log: Log) -> set[str]:
     """Returns the names of the trials that were fixed as winners of a confirm, or read on the test sets.
 
@@ -227,7 +242,7 @@ def fixed_trials(log: Log) -> set[str]:
         if entry.purpose == WINNER_FIXED:
             found.add(str(entry.details.get("winner")))
         elif entry.purpose == TEST and entry.details.get("rows"):
-            read = typed.checked(typed.Fixed, entry.details, LEDGER)
+            read = fixed_in(entry)
             rows = (*read["rows"], *read.get("models", ()))
             found |= {run.rpartition("/")[2] for row in rows for run in row["runs"]}
     return found
