@@ -127,6 +127,15 @@ def test_where_hardly_anything_varies_the_rule_of_three_is_that_of_pairs_of_seed
     assert result.p_value == pytest.approx(math.exp(-0.2 * 140), rel=1e-3)
 
 
+def test_sets_of_few_images_have_a_p_value_that_fits_their_interval():
+    """Far out in the tail, Student's quantiles are not numbers: the p-value is found by its probabilities."""
+    few = {"a": np.array([[0, 1], [1, 1], [1, 1]]), "b": np.ones((3, 5)), "c": np.zeros((3, 1))}
+    found = crossed(few, dict.fromkeys(few, 1 / 3))
+    assert 0 < found.p_value < 0.05
+    assert found.ends[0] > 0
+    assert all(map(math.isfinite, (*found.ends, found.dof)))
+
+
 @pytest.mark.parametrize("num_seeds", [1, 3])
 def test_a_small_set_without_any_change_is_not_certain_beside_a_large_one_with_changes(num_seeds):
     large = np.repeat([[1] * 30 + [-1] * 10 + [0] * 960], num_seeds, axis=0)

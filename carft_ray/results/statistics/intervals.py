@@ -23,7 +23,7 @@ from carft_ray.results.statistics.images import ImagesBySet, joined_width, parts
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
 OVER_IMAGES = "over images; one training: seeds not covered"
 _ZERO = 1e-12  # fractions below this are rounding
-_SMALLEST_P = 1e-300  # a smaller p-value is 0
+_SMALLEST_P = 1e-300  # the rule of three takes no smaller one
 FloatArray = npt.NDArray[np.float64]
 # correctness (bool), or differences of correctness or of weighted correctness: [r, n] per set
 ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
@@ -266,21 +266,17 @@ def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> t
     """Returns half-width and p-value of mean = 0: Student's t, joined with the rule of three of sets without change."""
     error, off = math.sqrt(variance), abs(mean)
 
-    def half(p_value: float) -> float:
-        of_t = float(scipy.stats.t.isf(p_value / 2, dof)) * error if error else 0.0
-        return math.hypot(of_t, -math.log(p_value) * per_image)
+    def half(t: float) -> float:
+        log_p = math.log(max(2 * float(scipy.stats.t.sf(t, dof)), _SMALLEST_P))
+        return math.hypot(t * error, -log_p * per_image)
 
-    width = half(1 - LEVEL)
+    width = half(float(scipy.stats.t.isf((1 - LEVEL) / 2, dof)))
     if off < _ZERO or (not error and not per_image):
         return width, 1.0
-    if not per_image:
-        return width, 2 * float(scipy.stats.t.sf(off / error, dof))
     if not error:
         return width, math.exp(-off / per_image)
-    if half(_SMALLEST_P) < off:
-        return width, 0.0
-    log_p = scipy.optimize.brentq(lambda x: half(math.exp(x)) - off, math.log(_SMALLEST_P), 0.0)
-    return width, math.exp(log_p)
+    t = scipy.optimize.brentq(lambda t: half(t) - off, 0.0, off / error, xtol=_ZERO) if per_image else off / error
+    return width, 2 * float(scipy.stats.t.sf(t, dof))
 
 
 def _or_zero(variance: float) -> float:
