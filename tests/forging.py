@@ -8,7 +8,7 @@ from carft_ray import files
 from carft_ray.layout import MANIFEST, RESULT
 from carft_ray.store.log import log_of
 from carft_ray.store.record import read_result, sha256
-from carft_ray.study import ledger
+from carft_ray.study import ledger, records
 from carft_ray.study.rows import rows_by_kind
 
 
@@ -23,7 +23,7 @@ def record(study_dir):
         files.write_json(place / RESULT, content)
         replace(study_dir, row.digest, read_result(place)[1])
     manifest = files.read_json(study_dir, MANIFEST)
-    if ledger.LEDGER in manifest:
+    if records.LEDGER in manifest:
         log = log_of(study_dir)
         note = ledger._note(log, ledger._entries(log))
-        files.write_json(study_dir / MANIFEST, {**manifest, ledger.LEDGER: note})
+        files.write_json(study_dir / MANIFEST, {**manifest, records.LEDGER: note})

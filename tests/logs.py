@@ -8,9 +8,10 @@ from carft_ray.store.commit import commit_name, digest_in, sealed
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log
 from carft_ray.store.process import identity
-from carft_ray.study.holding import STOPPING, check_fit, held
+from carft_ray.study.holding import check_fit, held
 from carft_ray.study.ledger import record
 from carft_ray.study.recipe_identity import recipe_record
+from carft_ray.study.records import STOPPING
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import crash_host
 import logs
@@ -24,7 +25,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirmation import read_plan
-from carft_ray.study import ledger
+from carft_ray.study import ledger, records
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, STUDIES, fetched
 from carft_ray.study.recipe_identity import claim, recipe_for_use, study_recipe
@@ -33,6 +34,15 @@ from carft_ray.study.rows import best_first, trials
 from carft_ray.study.trust import allowed, is_written
 
 RECIPE = report_studies.make_recipe(4, ood=False)
+LINE = {"time": "now", "user": "u", "recipe_hash": "h", "version": "1", "purpose": "test", "sets": [], "number": 1}
+STRANGE_LINES = (
+    {**LINE, "sets": None},
+    {**LINE, "more": 1},
+    {**LINE, "details": []},
+    {**LINE, "purpose": "winner fixed", "details": {"against": [1]}},
+    {**LINE, "purpose": "winner fixed", "details": {"against": {"x": "3"}}},
+    {**LINE, "details": {"digests": ["x"], "rows": [], "confirmed": False}},
+)
 RECIPE = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"batch_size": 16, "micro_batch": 16})})
 
 
@@ -153,6 +163,47 @@ def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_d
     assert crash_host.call(["test", str(study_dir)]) == StorageError.exit_code
     assert "log: the ledger must name trainings of the study, but got" in capsys.readouterr().err
     assert everything(tmp_path / "victim") == before
+
+
+STRANGE_RECORDS = {
+    records.RECIPE: [{}, {"recipe": []}, {"recipe": {"name": 1}}],
+    records.PROVENANCE: [{}, {"provenance": "x"}, {"provenance": {"data": 3}}],
+    records.TEST_SETS: [{"digests": ["x"]}, {"digests": {"id_test": 3}}],
+    records.LEDGER: [{}, {"line": []}, {"line": {"number": "1"}}, *({"line": each} for each in STRANGE_LINES)],
+    records.TAKEN_IN: [
+        {},
+        {"id": ["x"], "path": "y"},
+        {"id": "x", "path": {}},
+        {"id": "x", "path": "y", "test_reads": "3"},
+    ],
+    records.STARTED: [{}, {"training": [], "attempt": 0, "began": 0, "gpus": 0}],
+    records.AT_A_TIME: [{}, {"number": "two", "reason": ""}],
+    records.FITS: [{}, {"device": {}, "micro_batch": 1}],
+    records.STOPPING: [{}, {"reason": ["x"]}],
+}
+READERS = ("status {}", "report {}", "ls {} --json", "test {}", "export {} {}/out")
+
+
+@pytest.mark.parametrize("kind", STRANGE_RECORDS)
+def test_a_record_that_is_not_of_its_type_is_one_message(kind, study_dir, tmp_path, capsys):
+    """Records are found in one place, which has a type for each kind: no command meets anything else."""
+    assert STRANGE_RECORDS.keys() == records.TYPES.keys()
+    for number, content in enumerate(STRANGE_RECORDS[kind]):
+        copy = shutil.copytree(study_dir, tmp_path / f"copy{number}")
+        with holding(copy) as log:
+            log.write({"kind": kind, **content})
+        codes = set()
+        for command in READERS:
+            codes.add(crash_host.call(command.format(copy, tmp_path).split()))
+            told = capsys.readouterr().err
+            assert "Traceback" not in told, (command, told)
+            assert "internal error" not in told, (command, told)
+        assert 1 not in codes, content
+
+
+def test_records_of_the_log_are_looked_for_in_one_place():
+    found = {path.name for path in Path("carft_ray").rglob("*.py") if re.search(r"\blog\.records\b", path.read_text())}
+    assert found == {"records.py"}
 
 
 def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference(study_dir, capsys):

@@ -28,9 +28,9 @@ from carft_ray.launch import events
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.store.record import append_log, write_result
-from carft_ray.study.holding import STOPPING
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import log_at
+from carft_ray.study.records import STOPPING
 from carft_ray.study.rows import baselines, trials
 from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.ui import console, live, progress

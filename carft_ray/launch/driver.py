@@ -29,7 +29,7 @@ from carft_ray.store import record
 from carft_ray.store.copy import NUMBERS
 from carft_ray.store.folder import RefusedError
 from carft_ray.store.record import append_log, log_lost
-from carft_ray.study.holding import STOPPING
+from carft_ray.study.records import STOPPING
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
 from carft_ray.study.training import Failure, TrialSpec

@@ -16,13 +16,12 @@ from typing import Any
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
-from carft_ray.study import typed
+from carft_ray.study.records import FITS, all_of
 from carft_ray.study.training import Failure
 from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
 MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay", "teacher")
-FITS = "fits"  # kind of the records
 
 
 def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> Recipe:
@@ -79,11 +78,9 @@ def noted(log: Log) -> dict[str, int]:
         StorageError: A record is not what it may be.
     """
     found = dict[str, int]()
-    for number, record in log.records:
-        if record.get("kind") == FITS:
-            typed.checked(typed.Fits, record, f"{log}, commit {number}")
-            device, size = record["device"], record["micro_batch"]
-            found[device] = min(size, found.get(device) or size)
+    for _, record in all_of(log, FITS):
+        device, size = record["device"], record["micro_batch"]
+        found[device] = min(size, found.get(device) or size)
     return {device: size for device, size in found.items() if size}
 
 

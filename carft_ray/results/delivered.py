@@ -21,7 +21,8 @@ from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.stored import read_compared
 from carft_ray.store.log import Log
 from carft_ray.study import typed
-from carft_ray.study.ledger import LEDGER, fixed_in, read_folder, read_ledger, reads_of
+from carft_ray.study.ledger import fixed_in, read_folder, read_ledger, reads_of
+from carft_ray.study.records import LEDGER
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, num_finished, require_finished
 from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.words import counted

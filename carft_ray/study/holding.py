@@ -15,9 +15,9 @@ from carft_ray.layout import COMMITS, MANIFEST, STOP
 from carft_ray.store.commit import commit_name
 from carft_ray.store.folder import PROBE
 from carft_ray.store.log import Log
+from carft_ray.study.records import STOPPING, last_of
 
 LOOK_EVERY_S = 5.0  # whether a sign of life is due
-STOPPING = "stopping"  # kind of a record: the search stops, for its ``reason``; an empty one takes that back
 
 
 class Stop:
@@ -64,10 +64,8 @@ def stopping(log: Log, since: int = 0) -> str:
         log: The log.
         since: Only what was written after this commit counts.
     """
-    found = (
-        record.get("reason") for n, record in reversed(log.records) if record.get("kind") == STOPPING and n > since
-    )
-    return str(next(found, None) or "")
+    found = last_of(log, STOPPING, since + 1)
+    return str(found["reason"]) if found else ""
 
 
 def is_study(folder: Path) -> bool:

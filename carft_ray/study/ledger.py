@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import __version__, files
-from carft_ray.errors import DataError, HoldOutError, Problem, StorageError, UsageError
+from carft_ray.errors import DataError, HoldOutError, Problem, UsageError
 from carft_ray.layout import COMMITS, MANIFEST, TEST_DIR
 from carft_ray.recipe import space
 from carft_ray.recipe.loading import recipe_hash
@@ -29,21 +29,18 @@ from carft_ray.store.log import Log, log_of
 from carft_ray.study import typed
 from carft_ray.study.holding import check_fit, held, is_study
 from carft_ray.study.recipe_identity import compare, read_manifest
+from carft_ray.study.records import LEDGER, TEST_SETS, all_of, last_of
 from carft_ray.study.rows import all_rows, readable
 from carft_ray.study.training import TrialRow
 from carft_ray.study.uploads import open_log, uploading
-
-LEDGER = "ledger"  # kind of its records, and key of the manifest
 
 Purpose = Literal["winner fixed", "test", "search went on"]
 WINNER_FIXED: Purpose = "winner fixed"
 TEST: Purpose = "test"  # winner and baselines
 WENT_ON: Purpose = "search went on"
 AGAINST = "against"  # in the details of WINNER_FIXED: reads of the studies whose winners are baselines, by their ids
-
-
-TEST_SETS = "test sets"  # kind of a record of the log: digests of the test sets' images when the search began
-DIGESTS, WITH_CLASSES = "digests", "with_classes"  # its keys, also in the details of a read: images, with their classes
+# keys of a record ``TEST_SETS``, also in the details of a read: digests of images, and of images with their classes
+DIGESTS, WITH_CLASSES = "digests", "with_classes"
 
 
 def note_test_sets(log: Log, digests: Callable[..., dict[str, str]]) -> None:
@@ -68,11 +65,8 @@ def noted_test_sets(log: Log) -> dict[str, dict[str, str]]:
     Raises:
         StorageError: carft-ray has not written it.
     """
-    for _, record in log.records:
-        if record.get("kind") == TEST_SETS:
-            noted = typed.checked(typed.TestSets, record, f"{log}/{COMMITS}")
-            return {name: noted.get(name) or {} for name in (DIGESTS, WITH_CLASSES)}
-    return {}
+    noted = last_of(log, TEST_SETS)
+    return {} if noted is None else {name: noted.get(name) or {} for name in (DIGESTS, WITH_CLASSES)}
 
 
 @dataclass(frozen=True)
@@ -196,11 +190,8 @@ def _note_last(study_dir: Path, log: Log) -> bool:
 
 def _entries(log: Log) -> list[tuple[int, Entry]]:
     """Returns the lines, each with the number of its commit."""
-    found = [(number, record.get("line", {})) for number, record in log.records if record.get("kind") == LEDGER]
-    try:
-        return [(number, Entry(**{**line, "sets": tuple(line["sets"])})) for number, line in found]
-    except (TypeError, KeyError) as error:
-        raise StorageError(Problem(f"{log}/{COMMITS}", "must have a ledger of carft-ray", str(error))) from error
+    found = [(number, record["line"]) for number, record in all_of(log, LEDGER)]
+    return [(number, Entry(**{**line, "sets": tuple(line["sets"])})) for number, line in found]
 
 
 def _note(log: Log, entries: Sequence[tuple[int, Entry]]) -> dict[str, Any] | None:

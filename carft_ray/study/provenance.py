@@ -21,9 +21,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.written import dotted
 from carft_ray.store.log import Log
 from carft_ray.study import typed
+from carft_ray.study.records import PROVENANCE, last_of
 from carft_ray.untrusted import require_plain
 
-PROVENANCE = "provenance"  # kind of its records
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
 
 
@@ -46,12 +46,12 @@ def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
 
 def provenance_of(log: Log) -> dict[str, Any]:
     """Returns the provenance of a study, as far as its log was read; empty when there is none."""
-    found = [record.get("provenance") for _, record in log.records if record.get("kind") == PROVENANCE]
-    if not found:
+    found = last_of(log, PROVENANCE)
+    if found is None:
         return {}
     place = f"{log}/{COMMITS}"
     try:
-        content: dict[str, Any] = typed.checked(typed.Provenance, require_plain(found[-1]), place)
+        content: dict[str, Any] = typed.checked(typed.Provenance, require_plain(found["provenance"]), place)
     except ValueError as error:
         raise typed.wrong(place, f"provenance: {error}", None) from error
     return content

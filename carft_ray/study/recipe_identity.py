@@ -39,9 +39,9 @@ from carft_ray.store.log import Log, log_of
 from carft_ray.study import provenance, trust, typed
 from carft_ray.study.holding import unbegun
 from carft_ray.study.place import named
+from carft_ray.study.records import RECIPE, last_of
 
 FORMAT_VERSION = 2
-RECIPE = "recipe"  # kind of a record: the recipe of the study from then on
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def recorded_recipe(study_dir: Path, log: Log) -> Recipe | None:
             is missing or of another format.
     """
     place, step = f"{log}/{COMMITS}", f"Restore {COMMITS}/ from a copy of the study, or give another folder."
-    found = [record.get("recipe") for _, record in log.records if record.get("kind") == RECIPE]
+    found = last_of(log, RECIPE)
     if found or files.exists(study_dir / MANIFEST):
         read_manifest(study_dir)
     if not found:
@@ -148,7 +148,7 @@ def recorded_recipe(study_dir: Path, log: Log) -> Recipe | None:
         rule = "must contain the recipe of its study: carft-ray does not continue trials of an unknown recipe"
         raise StorageError(Problem(place, rule, "a log without one", next_step=step))
     try:
-        return recipe_of(found[-1] if isinstance(found[-1], dict) else {}, reads=None)
+        return recipe_of(found["recipe"], reads=None)
     except RecipeError as error:
         rule = "must contain a valid recipe"
         raise StorageError(Problem(place, rule, str(error), next_step=step)) from error

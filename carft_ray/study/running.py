@@ -8,10 +8,8 @@ import time
 from typing import Any
 
 from carft_ray.store.log import Log
-from carft_ray.study import typed
+from carft_ray.study.records import AT_A_TIME, STARTED, all_of, last_of
 from carft_ray.study.training import TrialRow, TrialSpec
-
-STARTED, AT_A_TIME = "started", "at_a_time"  # kinds of records
 
 
 def started(spec: TrialSpec, seconds: float, gpus: float, process: int, node: str) -> dict[str, Any]:
@@ -39,12 +37,7 @@ def begun(log: Log) -> dict[tuple[str, int], tuple[int, dict[str, Any]]]:
     Raises:
         StorageError: A record is not what it may be.
     """
-    found = {}
-    for number, record in log.records:
-        if record.get("kind") == STARTED:
-            typed.checked(typed.Started, record, f"{log}, commit {number}")
-            found[record["training"], record["attempt"]] = number, record
-    return found
+    return {(record["training"], record["attempt"]): (number, record) for number, record in all_of(log, STARTED)}
 
 
 def running_since(log: Log, rows: list[TrialRow]) -> dict[tuple[str, str], float]:
@@ -64,14 +57,8 @@ def at_a_time(log: Log) -> tuple[int, str] | None:
     Raises:
         StorageError: The record is not what it may be.
     """
-    claimed = log.claimed
-    for number, record in reversed(log.records):
-        if number < claimed:
-            break
-        if record.get("kind") == AT_A_TIME:
-            typed.checked(typed.AtATime, record, f"{log}, commit {number}")
-            return record["number"], record["reason"]
-    return None
+    found = last_of(log, AT_A_TIME, log.claimed)
+    return (found["number"], found["reason"]) if found else None
 
 
 def left_behind(log: Log) -> dict[tuple[str, int], tuple[float, float]]:

@@ -100,6 +100,32 @@ class Took(_Strict):
     environment: MadeOn | None = None
 
 
+class RecipeRecord(_Strict):
+    """The recipe of a study, in the log (``study.records`` has its kinds)."""
+
+    recipe: dict[str, Any]
+
+
+class ProvenanceRecord(_Strict):
+    """A ``Provenance``, in the log."""
+
+    provenance: dict[str, Any]
+
+
+class Stopping(_Strict):
+    """That a search stops, in the log."""
+
+    reason: Words
+
+
+class TakenIn(_Strict):
+    """A study of ``search.warm_start``, in the log."""
+
+    id: Words
+    path: Words
+    test_reads: Count = 0
+
+
 class Started(_Strict):
     """An attempt that has begun, in the log (``study.running``)."""
 
@@ -145,6 +171,34 @@ class TestSets(_Strict):
 
     digests: dict[str, Words] = {}
     with_classes: dict[str, Words] = {}
+
+
+class Details(TestSets):
+    """Of a line of the ledger; those of a read are ``Fixed``, too."""
+
+    against: dict[str, Count] = {}
+
+
+class Line(_Strict):
+    """A line of the ledger (``study.ledger.Entry``)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: Count
+    time: Words
+    user: Words
+    recipe_hash: Words
+    version: Words
+    purpose: Words
+    sets: list[Words]
+    details: Details = Details()
+    reason: Words = ""
+
+
+class LedgerRecord(_Strict):
+    """A line, in the log."""
+
+    line: Line
 
 
 class Origin(_Strict):

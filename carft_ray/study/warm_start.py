@@ -28,11 +28,11 @@ from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.place import STUDIES, absolute, address_in, fetched, named
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.recipe_identity import read_manifest, study_recipe
+from carft_ray.study.records import TAKEN_IN, all_of
 from carft_ray.study.rows import state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
-TAKEN_IN = "taken in"  # kind of a record: a source, by its id, and what was taken in
 KEY = "search.warm_start"
 
 
@@ -76,7 +76,7 @@ def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> l
 
 def _sources(log: Log) -> dict[str, dict[str, Any]]:
     """Returns what was taken in, by the id of the source."""
-    return {record["id"]: record for _, record in log.records if record.get("kind") == TAKEN_IN}
+    return {record["id"]: record for _, record in all_of(log, TAKEN_IN)}
 
 
 def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
