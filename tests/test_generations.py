@@ -5,7 +5,7 @@ import shutil
 import crash_host
 import optuna
 import pytest
-from logs import commits, kept, rewrite, write_line
+from logs import commits, goes_on, kept, rewrite, write_line
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from study_steps import failed, optuna_study, run_all, searching, write_result
@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import apply, dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import place
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.study.ledger import read_ledger
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import best_row, trials
@@ -183,8 +183,8 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     write_line(study_dir, recipe_of(), sets=("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
-        require_unread(study_dir, narrow, None, True)
-    assert require_unread(study_dir, narrow, "a smaller space", True)
+        goes_on(study_dir, narrow, None, True)
+    assert goes_on(study_dir, narrow, "a smaller space", True)
     with open_study(study_dir, narrow, True):
         pass
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from logs import commits, holding, rewrite, write_line
+from logs import commits, goes_on, holding, rewrite, write_line
 from study_steps import run_all, searching
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.schema.recipe import with_keys
-from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record, require_unread
+from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record
 from carft_ray.study.rows import baselines, trials
 
 RECIPE = stand_in.make_recipe(2)
@@ -164,7 +164,7 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
     assert "must have the ledger that manifest.json describes" in told(study_dir)
     note(fresh, whole)  # of lines in a study without one
     with pytest.raises(HoldOutError, match=r"must have the ledger that manifest.json describes"):
-        require_unread(fresh, stand_in.make_recipe(4), "because")
+        goes_on(fresh, stand_in.make_recipe(4), "because")
 
 
 # a search after a read
@@ -189,47 +189,47 @@ def test_kills_before_each_note_in_the_manifest_leave_a_sound_ledger(fresh, monk
 
 
 def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study_dir, fresh, tmp_path):
-    assert require_unread(tmp_path / "new", RECIPE, None) is False
+    assert goes_on(tmp_path / "new", RECIPE, None) is False
     write_line(fresh, RECIPE, "winner fixed")
-    assert require_unread(fresh, stand_in.make_recipe(9), "because") is False
+    assert goes_on(fresh, stand_in.make_recipe(9), "because") is False
     assert [entry.purpose for entry in read_ledger(fresh)] == ["winner fixed"]
-    assert require_unread(study_dir, RECIPE, None) is False  # nothing to train
+    assert goes_on(study_dir, RECIPE, None) is False  # nothing to train
     with pytest.raises(HoldOutError, match=r"its test sets were read: .* by .*\(line 3 of the ledger\)") as caught:
-        require_unread(study_dir, stand_in.make_recipe(4), None)
+        goes_on(study_dir, stand_in.make_recipe(4), None)
     assert "--again REASON" in str(caught.value)
     assert len(read_ledger(study_dir)) == 3
-    assert require_unread(study_dir, stand_in.make_recipe(4), "a wider range") is True
+    assert goes_on(study_dir, stand_in.make_recipe(4), "a wider range") is True
     last = read_ledger(study_dir)[-1]
     assert (last.purpose, last.reason, last.details) == (
         "search went on",
         "a wider range",
         {"trials": 4, "trials_before": 2, "baselines": ["plain"]},
     )
-    assert require_unread(study_dir, stand_in.make_recipe(4), None) is False  # the same search, resumed
+    assert goes_on(study_dir, stand_in.make_recipe(4), None) is False  # the same search, resumed
     with pytest.raises(HoldOutError):
-        require_unread(study_dir, stand_in.make_recipe(5), None)
+        goes_on(study_dir, stand_in.make_recipe(5), None)
     write_line(study_dir, RECIPE, reason="once more")
     with pytest.raises(HoldOutError):
-        require_unread(study_dir, stand_in.make_recipe(4), None)
+        goes_on(study_dir, stand_in.make_recipe(4), None)
 
 
 def test_a_baseline_that_is_new_after_a_read_needs_a_reason_of_its_own(study_dir):
     more = with_keys(RECIPE, search={"baselines": {**RECIPE.search.baselines, "strong": {"kl_weight": 0.0}}})
     with pytest.raises(HoldOutError, match=r"its test sets were read"):
-        require_unread(study_dir, more, None)
+        goes_on(study_dir, more, None)
     wide = stand_in.make_recipe(4)
-    assert require_unread(study_dir, wide, "a wider range") is True
+    assert goes_on(study_dir, wide, "a wider range") is True
     with pytest.raises(HoldOutError):  # that was of more trials
-        require_unread(study_dir, more, None)
-    assert require_unread(study_dir, more, "a reviewer asked for it") is True
+        goes_on(study_dir, more, None)
+    assert goes_on(study_dir, more, "a reviewer asked for it") is True
     assert read_ledger(study_dir)[-1].details["baselines"] == ["plain", "strong"]
-    assert require_unread(study_dir, more, None) is False
+    assert goes_on(study_dir, more, None) is False
 
 
 def test_a_reason_must_say_something_and_the_recipe_be_that_of_the_study(study_dir):
     for reason in ("", "  "):
         with pytest.raises(UsageError, match="--again: needs a reason"):
-            require_unread(study_dir, stand_in.make_recipe(4), reason)
+            goes_on(study_dir, stand_in.make_recipe(4), reason)
     with pytest.raises(RecipeError, match=r"train\.epochs"):
-        require_unread(study_dir, stand_in.make_recipe(9, epochs=7), "because")
+        goes_on(study_dir, stand_in.make_recipe(9, epochs=7), "because")
     assert len(read_ledger(study_dir)) == 3

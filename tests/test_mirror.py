@@ -18,7 +18,7 @@ import short_training
 import stand_in
 from bucket_server import CUT, DONE_503, SECRET, copied, impatient, refused
 from crash_host import call
-from logs import write_line
+from logs import goes_on, write_line
 from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,7 +39,7 @@ from carft_ray.store.folder import Folder, UnknownError
 from carft_ray.store.log import Log, log_of
 from carft_ray.store.process import identity
 from carft_ray.study.holding import held, is_study
-from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
+from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import fetched, named, own_folder, pull
 from carft_ray.study.rows import best_row
@@ -780,7 +780,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     folder, recipe = own_folder(address), stand_in.make_recipe(4, resources=RESOURCES, **SEARCH)
     with held(log := open_log(folder), print), uploading(log):
         record(folder, log, recipe, TEST)
-    assert require_unread(folder, recipe, "because")
+    assert goes_on(folder, recipe, "because")
     assert read_ledger(fetched(address))[-1].reason == "because"
     before, log = server.objects().keys(), open_log(folder)
     with pytest.raises(StorageError, match="must not be removed while a search"), held(log, print), uploading(log):
@@ -789,7 +789,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     Log(Bucket(address)).claim(me={"host": "node7"})  # and soon falls silent
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(HoldOutError, match="its test sets were read"):
-        require_unread(own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH), None)
+        goes_on(own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH), None)
 
 
 def test_a_driver_that_slept_during_a_takeover_uploads_removes_and_puts_over_nothing(server, tmp_path, monkeypatch):

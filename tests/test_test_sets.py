@@ -17,7 +17,7 @@ import short_sealed
 import short_training
 import stand_in
 import torch
-from logs import change, commits, holding
+from logs import change, commits, goes_on, holding
 
 from carft_ray import environment
 from carft_ray.data.cached_sets import Keeping, image_set
@@ -38,7 +38,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.test_summary import read_lines
 from carft_ray.results.verdict_card import verdict
-from carft_ray.study.ledger import Entry, read_ledger, require_unread
+from carft_ray.study.ledger import Entry, read_ledger
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, best_row, confirmations, trials
 from carft_ray.study.training import result_of
@@ -193,7 +193,7 @@ def test_a_reason_reads_once_more_and_is_counted(run, again, read, is_cut_off):
 
 def test_a_read_after_the_search_went_on_says_so(run, again):
     recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
-    assert require_unread(again, recipe, "a wider range")
+    assert goes_on(again, recipe, "a wider range")
     short_sealed.search(again, recipe)
     assert len(trials(again)) == 3
     summary = summary_of(run, again, "--again", "after a wider range")

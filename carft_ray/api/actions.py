@@ -114,12 +114,6 @@ def search(
     if problems := check_searchable(value):
         raise RecipeError(problems)
     value, runner = _with_trainer(value, train, trust)
-    from carft_ray.study.ledger import require_unread
-
-    if not require_unread(study, value, again, change_space, logger.warning) and again is not None:
-        logger.warning(
-            "--again has no effect: no test set was read, nothing remains to train, or an earlier reason applies"
-        )
     from carft_ray.recipe.loading import trust_word
 
     if trust and not trust_word(value):
@@ -134,7 +128,7 @@ def search(
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
         plan = Plan(value, study, address, sent(on_event), runner)
-        result = run_search(replace(plan, change_space=change_space, around=figure_at_the_end))
+        result = run_search(replace(plan, change_space=change_space, again=again, around=figure_at_the_end))
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, result.resume_command)
     if strict:

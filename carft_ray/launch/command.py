@@ -49,7 +49,7 @@ from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.recipe.space import num_trials
 from carft_ray.store.log import log_of
 from carft_ray.store.record import progress_words
-from carft_ray.study.holding import is_ours, is_study
+from carft_ray.study.holding import is_ours
 from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, address_in, named
@@ -59,8 +59,6 @@ from carft_ray.study.recovery import recover_given, recover_running
 from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
 from carft_ray.study.study import Study
 from carft_ray.study.training import Kind, TrialRow, result_of
-from carft_ray.study.uploads import open_log
-from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
 
 NAME = "train"  # of the training of `train`
@@ -88,6 +86,7 @@ class Plan:
         alone: There is one training, that of `train`: prepared even when it has finished, and in this process when it
             has one worker.
         change_space: The search space may change.
+        again: Why a search goes on after a read of the test sets.
         around: What surrounds preparation and trainings: a context, given the open study and the number of trials that
             were finished before, such as ``results.figure.figure_at_the_end``.
         shared: Images that stand in two roles; None: those of the study, or they are found now.
@@ -104,6 +103,7 @@ class Plan:
     kind: Kind = "trial"
     alone: bool = False
     change_space: bool = False
+    again: str | None = None
     around: Around = lambda study, num_before: nullcontext()
     shared: Sequence[SharedRow] | None = None
 
@@ -153,11 +153,15 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
     told = Preparing if plan.alone else Note  # `train` resumes what a kill has left, and that is no warning
     confirms = plan.kind == "confirm"  # which is no search: `resume` uses the recipe of the last one
     with open_study(
-        plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(told(text)), keeps_recipe=confirms
+        plan.study_dir,
+        recipe,
+        plan.change_space,
+        lambda text: plan.on_event(told(text)),
+        keeps_recipe=confirms,
+        is_search=proposes,
+        again=plan.again,
     ) as study:
         on_event = events.to_all(plan.on_event, Curves(study.study_dir, recipe))
-        if proposes:
-            new_sources(study.log, study.study_dir, recipe)  # a new study vanishes when one is unfit
         trainings = None if plan.given is None else plan.given(study)
         of_study = study_recipe(study.study_dir, study.log) if confirms else recipe
         files.write_text(study.study_dir / RESOLVED, dump_recipe(of_study))
@@ -345,10 +349,6 @@ def run_search(plan: Plan) -> SearchResult:
         CarftError: As ``run``.
     """
     recipe, study_dir = plan.recipe, plan.study_dir.resolve()
-    if recipe.search.warm_start and is_study(study_dir):
-        log = open_log(study_dir)
-        log.follow()
-        new_sources(log, study_dir, recipe)  # one that is refused must not stay in the recipe of the study
     again = f"carft-ray resume {shlex.quote(named(study_dir))}{trust_word(recipe)}"
     again += "" if plan.address is None else f" --address {shlex.quote(plan.address)}"
 

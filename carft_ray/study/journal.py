@@ -121,9 +121,9 @@ class Journal:
             for name, value in attributes.items():
                 self._storage.set_trial_user_attr(self._ids[spec.kind, spec.number], name, value)
 
-    def take_in(self) -> list[str]:
-        """Enters the trials of the recipe's ``search.warm_start``; returns what was done, a sentence each."""
-        notes = warm_start.take_in(self.studies["trial"], self._log, self._study_dir, self._recipe)
+    def take_in(self, sources: Sequence[Path]) -> list[str]:
+        """Enters the trials of studies of ``search.warm_start``; returns what was done, a sentence each."""
+        notes = warm_start.take_in(self.studies["trial"], self._log, sources, self._recipe)
         self._known = None  # trials of another study may have intermediate values
         return notes
 

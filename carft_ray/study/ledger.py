@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from optuna.storages import JournalStorage
+
 from carft_ray import __version__, files
 from carft_ray.errors import DataError, HoldOutError, Problem, UsageError
 from carft_ray.layout import COMMITS, MANIFEST, TEST_DIR
@@ -27,12 +29,11 @@ from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import typed
-from carft_ray.study.holding import check_fit, held, is_study
-from carft_ray.study.recipe_identity import compare, read_manifest
+from carft_ray.study.holding import is_study
+from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.records import LEDGER, TEST_SETS, all_of, last_of
-from carft_ray.study.rows import all_rows, readable
+from carft_ray.study.rows import all_rows
 from carft_ray.study.training import TrialRow
-from carft_ray.study.uploads import open_log, uploading
 
 Purpose = Literal["winner fixed", "test", "search went on"]
 WINNER_FIXED: Purpose = "winner fixed"
@@ -239,59 +240,35 @@ def fixed_trials(log: Log) -> set[str]:
     return found
 
 
-def require_unread(
-    study_dir: Path,
-    recipe: Recipe,
-    reason: str | None,
-    change_space: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
-) -> bool:
-    """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
+def going_on(
+    study_dir: Path, log: Log, storage: JournalStorage, recipe: Recipe, reason: str | None
+) -> dict[str, Any] | None:
+    """Returns the details of a line "search went on", which holds for all searches up to as many trials.
 
-    With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
-    has nothing to train needs no reason. Claims and releases the study.
+    None if a search needs no such line: its test sets were not read, it has nothing to train, or a line allows it.
 
     Args:
-        study_dir: The folder of the study, which need not be there yet.
+        study_dir: The folder of the study, absolute, which need not be there yet.
+        log: Its log.
+        storage: Optuna's, over the log.
         recipe: The recipe of the search.
         reason: What was given with ``--again``.
-        change_space: The search space may change.
-        tell: As of ``holding.held``.
-
-    Returns:
-        Whether the reason was written down.
 
     Raises:
         HoldOutError: A reason is needed, or the ledger is not as carft-ray has written it.
-        UsageError: The reason is empty.
-        RecipeError: It is the study of another recipe.
-        StorageError: The study is in use or cannot be read.
+        StorageError: The study cannot be read.
     """
-    check_reason(reason)
-    study_dir = study_dir.resolve()
-    if not is_study(study_dir):
-        return False
-    log, wanted = open_log(study_dir), space.num_trials(recipe)
-    log.follow()
-    entries = read_ledger(study_dir, log)
-    if not reads_of(entries):
-        return False
-    with readable(log) as storage:
-        by_kind = all_rows(storage)
-    given = recipe.search.baselines
+    entries = read_ledger(study_dir, log) if is_study(study_dir) else []
+    if not (reads := reads_of(entries)):
+        return None
+    by_kind, wanted, given = all_rows(storage), space.num_trials(recipe), recipe.search.baselines
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted, given):
-        return False
+        return None
     if reason is None:
-        rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
-        rule += "; what was seen may influence later trials"
+        rule = f"its test sets were read: {describe(reads[-1])}; what was seen may influence later trials"
         step = "To continue, add --again REASON; every report will show the reason."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
-    check_fit(study_dir)
-    compare(study_dir, log, recipe, change_space)
-    with held(log, tell), uploading(log):
-        details = {"trials": wanted, "trials_before": len(by_kind["trial"]), "baselines": sorted(given)}
-        record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)
-    return True
+    return {"trials": wanted, "trials_before": len(by_kind["trial"]), "baselines": sorted(given)}
 
 
 def needs_reason(

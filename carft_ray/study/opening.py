@@ -13,7 +13,7 @@ from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, PREPARED, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.store.log import Log
-from carft_ray.study import rows
+from carft_ray.study import ledger, rows
 from carft_ray.study.holding import check_fit, foreign_names, held, take_back_stop
 from carft_ray.study.recipe_identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
@@ -21,6 +21,9 @@ from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
 from carft_ray.study.trust import note_written, to_record
 from carft_ray.study.uploads import open_log, uploading
+from carft_ray.study.warm_start import new_sources
+
+NO_REASON_NEEDED = "--again has no effect: no test set was read, nothing remains to train, or an earlier reason applies"
 
 
 @contextlib.contextmanager
@@ -30,6 +33,8 @@ def open_study(
     change_space: bool = False,
     tell: Callable[[str], None] = lambda text: None,
     keeps_recipe: bool = False,
+    is_search: bool = False,
+    again: str | None = None,
 ) -> Iterator[Study]:
     """Opens a study for one search, or makes it: claims it and checks the recipe. Call ``recover_running`` next.
 
@@ -41,27 +46,34 @@ def open_study(
         change_space: The search space may change; a change moves the trials to it.
         tell: Told what is waited for, and from whom the study was taken over.
         keeps_recipe: A study that exists keeps its recipe: what differs holds only this time.
+        is_search: The sampler will propose trials: after a read of the test sets, more of them need a reason.
+        again: That reason; the ledger keeps it.
 
     Raises:
+        HoldOutError: The test sets were read and no reason is given, or the ledger is not as carft-ray has written it.
         StorageError: Another search runs on it, the study cannot be read or written, or its log has lost trainings.
-        RecipeError: It is the study of another recipe.
-        UsageError: The folder holds something that is no study.
+        RecipeError: It is the study of another recipe, or a study of ``search.warm_start`` is unfit.
+        UsageError: The folder holds something that is no study, or the reason is empty.
     """
+    ledger.check_reason(again)
     study_dir = study_dir.resolve()
     check_fit(study_dir)
     log = open_log(study_dir)
     log.follow()
     num_seen, (kept, differences) = log.number, compare(study_dir, log, recipe, change_space)  # before a write
+    sources = [] if keeps_recipe else new_sources(log, study_dir, recipe)
     is_bare = not foreign_names(study_dir)
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
             _require_known(study_dir, log, storage)
+            goes_on = ledger.going_on(study_dir, log, storage, recipe, again) if is_search else None
             stack.enter_context(held(log, tell))
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             take_back_stop(log)
             stack.enter_context(uploading(log))
             if log.claimed > num_seen + 1:  # another search came between
                 kept, differences = compare(study_dir, log, recipe, change_space)
+                goes_on = ledger.going_on(study_dir, log, storage, recipe, again) if is_search else None
             if kept is None:
                 claim(study_dir, log, recipe)
             else:
@@ -70,6 +82,10 @@ def open_study(
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
                 files.remove(path)
             notes, moves = list[str](), any(class_of(one.path) == "space" for one in differences)
+            if goes_on is not None:
+                ledger.record(study_dir, log, recipe, ledger.WENT_ON, details=goes_on, reason=again or "")
+            elif again is not None:
+                notes.append(NO_REASON_NEEDED)
             if change_space and not moves:
                 notes.append("--change-space has no effect: the search space is the same as in the study")
             if moves:
@@ -77,7 +93,7 @@ def open_study(
             if kept is not None and differences and not keeps_recipe:
                 with log.commit(recipe_record(to_record(study_dir, kept, recipe))):
                     notes += move_trials(storage, recipe) if moves else []
-            study = Study(study_dir, recipe, log, notes, storage)
+            study = Study(study_dir, recipe, log, notes, storage, sources)
         with gone_if_nothing_began(study_dir, log, is_bare and kept is None, study.began):
             yield study
 

@@ -27,7 +27,7 @@ def recover_running(study: Study) -> list[TrialRow]:
     study.log.check()
     study.enter("baseline", study.recipe.search.baselines)
     ended = recover(study, "baseline") + recover(study, "trial")
-    study.notes += study.journal.take_in()
+    study.notes += study.journal.take_in(study.sources)
     study.knows_all = True
     study.retention.note_best()
     return ended

@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,12 +56,21 @@ class Study:
         stop: Whether the command that holds it is to stop.
         recipe: Of the search, with absolute paths.
         notes: What was repaired, found or taken in, one sentence each.
+        sources: Studies of ``search.warm_start`` whose trials it has not taken in.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, log: Log, notes: list[str], storage: JournalStorage) -> None:
+    def __init__(
+        self,
+        study_dir: Path,
+        recipe: Recipe,
+        log: Log,
+        notes: list[str],
+        storage: JournalStorage,
+        sources: Sequence[Path] = (),
+    ) -> None:
         self.study_dir = study_dir
         self.recipe = recipe
-        self.notes = notes
+        self.notes, self.sources = notes, sources
         self.log, self._storage = log, storage
         self.stop = Stop(study_dir, log)
         self.journal = Journal(study_dir, recipe, log, storage)

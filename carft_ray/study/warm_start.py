@@ -6,7 +6,7 @@ of its trials, and a record of it, in one commit.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,23 @@ from carft_ray.words import counted, times
 KEY = "search.warm_start"
 
 
-def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> list[str]:
-    """Enters the finished trials of the recipe's ``search.warm_start`` that lie in its space.
+def take_in(study: optuna.Study, log: Log, sources: Sequence[Path], recipe: Recipe) -> list[str]:
+    """Enters the finished trials of other studies that lie in the recipe's space.
 
     Args:
         study: The Optuna study of the trials.
         log: By which the study is held.
-        study_dir: The study directory, absolute.
+        sources: Of ``new_sources``.
         recipe: The recipe with absolute paths.
 
     Returns:
         What was taken in and what was left out, a sentence per source that is new.
 
     Raises:
-        RecipeError: A source is no study, the study itself, or has another objective; all problems at once.
         StorageError: A source cannot be read.
     """
     notes = []
-    for source in new_sources(log, study_dir, recipe):
+    for source in sources:
         number, before, name = source_id(source), _sources(log), named(source)
         if number in before:
             notes.append(f"warm start: {name} is a copy of {before[number]['path']}, which is already in use")
@@ -80,15 +79,15 @@ def _sources(log: Log) -> dict[str, dict[str, Any]]:
 
 
 def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
-    """Returns the studies of ``search.warm_start`` that ``take_in`` would take in, once all of them are fit for it.
+    """Returns the studies of ``search.warm_start`` that a study has not taken in, once all of them are fit for it.
 
     Args:
-        log: As of ``take_in``, and so are the others.
-        study_dir: The study directory.
-        recipe: The recipe.
+        log: Of the study.
+        study_dir: The study directory, absolute.
+        recipe: The recipe with absolute paths.
 
     Raises:
-        RecipeError: As ``take_in``.
+        RecipeError: A source is no study, the study itself, or has another objective; all problems at once.
     """
     done = {record["path"] for record in _sources(log).values()}  # those may be gone by now
     try:
@@ -153,7 +152,7 @@ def _problems(source: Path, study_dir: Path, log: Log, recipe: Recipe) -> Iterat
         others = [str(path.parent) for path in source.parent.glob(f"*/{COMMITS}")]
         yield Problem(key, "must be the folder of a study", value, nearest=nearest(str(source), others))
         return
-    if source == study_dir or source_id(source) == source_id(study_dir):
+    if source == study_dir or (is_study(study_dir) and source_id(source) == source_id(study_dir)):
         yield Problem(key, "must be another study", "this one" if source == study_dir else "a copy of this one")
         return
     their_log = log_of(source)
