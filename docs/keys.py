@@ -1,5 +1,5 @@
 """Writes the generated reference: tables of recipe keys, commands and their options, of methods and of comparisons that
-are kept, and the JSON schema for editors.
+are kept, the JSON schema for editors, and the list of all that users write.
 
 ``python docs/keys.py`` writes them; with ``--check`` it fails if one is stale. A generated part is between
 ``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else in a document is written by hand.
@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from ruamel.yaml import YAML
 
+import carft_ray
 from carft_ray.cli import app
 from carft_ray.recipe.methods import methods
 from carft_ray.recipe.presets import SCHEMA
@@ -34,6 +35,7 @@ from carft_ray.recipe.schema.train import TrainConfig
 Schema = dict[str, Any]
 Tables = dict[str, list[str]]
 
+SURFACE = "tests/surface.txt"  # a new line in it is a promise for years
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "tables"  # ``methods.json`` of each comparison that docs/results.md shows
 SET = "<set>."  # before the keys of a set, whatever its role
@@ -265,6 +267,23 @@ def _option_row(option: Any, callback: Any) -> str:
     return _line(f"`{names}`", value, f"{option.help}{more}")
 
 
+def surface() -> list[str]:
+    """Returns what users write, a line each: keys of recipes, options of commands, functions with their arguments."""
+    keys = sorted({name for name, _, _ in documented_keys()})
+    commands = [
+        f"{name} {','.join(one.opts) if one.opts[0].startswith('-') else one.name.upper()}"
+        for name, found in sorted(_commands(typer.main.get_command(app), ""))
+        for one in found.params
+    ]
+    functions = [
+        f"{name}({', '.join(inspect.signature(getattr(carft_ray, name)).parameters)})"
+        for name in sorted(carft_ray.__all__)
+        if callable(getattr(carft_ray, name))
+    ]
+    parts = {"keys of a recipe": keys, "commands and options": commands, "from carft_ray import": functions}
+    return [line for title, lines in parts.items() for line in (f"# {title}: {len(lines)}", *lines)]
+
+
 # ---- the files
 
 
@@ -286,7 +305,7 @@ def made(root: Path) -> dict[str, str]:
     documents |= {"docs/methods.md": method_tables, "docs/results.md": result_tables}
     texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
     schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
-    return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n"}
+    return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n", SURFACE: "".join(f"{line}\n" for line in surface())}
 
 
 def main(arguments: list[str], root: Path = ROOT) -> str | None:
