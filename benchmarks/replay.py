@@ -35,7 +35,7 @@ from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import FloatParameter
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row

@@ -36,7 +36,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import VIOLATION
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

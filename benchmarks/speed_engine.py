@@ -31,7 +31,7 @@ from carft_ray import files
 from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

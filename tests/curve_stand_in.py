@@ -8,7 +8,7 @@ from carft_ray import files
 from carft_ray.evaluation.alpha import limits
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store import record
+from carft_ray.store import attempt_files
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ZERO_SHOT = {"objective": 0.55, "id_accuracy": 0.6, "ood_accuracy": 0.5}
@@ -56,7 +56,7 @@ def result_of(recipe, references):
 def write_result(study, spec):
     place, recipe = spec.place(study.study_dir), apply(study.recipe, spec.values)
     files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-    record.write_result(place, result_of(recipe, spec.references))
+    attempt_files.write_result(place, result_of(recipe, spec.references))
 
 
 def run_all(study, num=None):

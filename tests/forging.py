@@ -6,8 +6,8 @@ from logs import replace
 
 from carft_ray import files
 from carft_ray.layout import MANIFEST, RESULT
+from carft_ray.store.attempt_files import read_result, sha256
 from carft_ray.store.log import log_of
-from carft_ray.store.record import read_result, sha256
 from carft_ray.study import ledger, records
 from carft_ray.study.rows import rows_by_kind
 

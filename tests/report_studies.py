@@ -17,7 +17,7 @@ from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import apply, dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store.record import append_log, write_result
+from carft_ray.store.attempt_files import append_log, write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.running import started

@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.rows import trials
 from carft_ray.study.training import TrialSpec
 

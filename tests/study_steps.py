@@ -5,7 +5,7 @@ import contextlib
 import optuna
 from optuna.storages import JournalStorage
 
-from carft_ray.store import record
+from carft_ray.store import attempt_files
 from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -23,7 +23,7 @@ def searching(study_dir, recipe, *change_space):
 
 def write_result(study_dir, spec, value=0.5, **more):
     content = {"objective": value, "alpha": 0.4, "metrics": {"id_accuracy": 0.7}, "elapsed_s": 2.0}
-    record.write_result(spec.place(study_dir), {**content, **more})
+    attempt_files.write_result(spec.place(study_dir), {**content, **more})
 
 
 def finish(study, spec, value=0.5, **more):

@@ -22,9 +22,9 @@ from carft_ray.launch.preparation import _sight
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import WEIGHTS
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.attempt_files import progress_of, progress_words
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.copy import NUMBERS
-from carft_ray.store.record import progress_of, progress_words
 from carft_ray.study.best import Retention
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder

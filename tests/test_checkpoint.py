@@ -14,7 +14,7 @@ from test_loop import largest_difference, settings
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.store import record
+from carft_ray.store import attempt_files
 from carft_ray.training import checkpoint as checkpoints
 from carft_ray.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from carft_ray.training.loop import fine_tune
@@ -59,14 +59,17 @@ def test_what_a_kill_has_left_of_a_checkpoint_is_none_and_replaces_none(tmp_path
     for step in (10, 100, 200):  # of copies, files are removed, and their folders stay
         (tmp_path / "attempt-1" / f"step-{step:08d}").mkdir()
     shutil.copy(whole / "weights.safetensors", tmp_path / "attempt-1" / "step-00000200")
-    assert [folder for _, folder in record.checkpoints(tmp_path)] == [whole]
-    assert (record.progress_of(tmp_path), record.progress_words(tmp_path)) == ([0, 50], "step 50 (epoch 1)")
+    assert [folder for _, folder in attempt_files.checkpoints(tmp_path)] == [whole]
+    assert (attempt_files.progress_of(tmp_path), attempt_files.progress_words(tmp_path)) == (
+        [0, 50],
+        "step 50 (epoch 1)",
+    )
     newer = save_checkpoint(tmp_path, 1, checkpoint(60))
-    assert [folder for _, folder in record.checkpoints(tmp_path)] == [newer, whole]
+    assert [folder for _, folder in attempt_files.checkpoints(tmp_path)] == [newer, whole]
     read, damaged = newest_checkpoint(tmp_path)
     assert (read.step, damaged) == (60, [])
     newest = save_checkpoint(tmp_path, 1, checkpoint(200))
-    assert [folder for _, folder in record.checkpoints(tmp_path)] == [newest, newer]
+    assert [folder for _, folder in attempt_files.checkpoints(tmp_path)] == [newest, newer]
 
 
 def flip(path):

@@ -17,7 +17,7 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.store.record import read_result
+from carft_ray.store.attempt_files import read_result
 from carft_ray.training.checkpoint import newest_checkpoint
 from cluster import hiding
 

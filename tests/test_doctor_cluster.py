@@ -17,7 +17,7 @@ import cluster
 from carft_ray import __version__, environment
 from carft_ray.launch import checkup
 from carft_ray.launch.checkup import NodeReport, collective, judge
-from carft_ray.training.doctor import Diagnosis
+from carft_ray.launch.doctor import Diagnosis
 from carft_ray.ui.console import node_table
 
 VERSIONS = environment.versions()

@@ -24,7 +24,7 @@ from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.nodes import BadNodes, Drains
 from carft_ray.launch.tune_runner import DriverCallback, DriverSearcher
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, rows_by_kind, trials

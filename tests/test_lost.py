@@ -36,9 +36,9 @@ from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker, take_gpu
 from carft_ray.model import device
 from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.store.attempt_files import read_result
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
-from carft_ray.store.record import read_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import baselines, trials
 from carft_ray.training import checkpoint, loop

@@ -20,6 +20,7 @@ from test_init import write_tree
 
 from carft_ray import files
 from carft_ray.errors import RecipeError
+from carft_ray.launch.doctor import examine
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import dump_recipe, load_recipe, resolve_path
 from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, schema_text
@@ -33,7 +34,6 @@ from carft_ray.recipe.written import parse_yaml
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import baselines
-from carft_ray.training.doctor import examine
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -13,7 +13,7 @@ from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
 from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store.record import append_log
+from carft_ray.store.attempt_files import append_log
 from carft_ray.study.opening import open_study
 from carft_ray.ui import console, live, notebook, progress
 

@@ -22,7 +22,7 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.store.record import progress_of, progress_words, read_result
+from carft_ray.store.attempt_files import progress_of, progress_words, read_result
 from carft_ray.study import recovery
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

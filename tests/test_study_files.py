@@ -20,7 +20,7 @@ from carft_ray.launch.file_transfer import Entry, FileServer, StudyFiles, entrie
 from carft_ray.launch.mailbox import Mailbox, Wish
 from carft_ray.launch.node_files import UNSEEN, Delivery, needed, prepared_at_hand, sees
 from carft_ray.launch.worker import run_worker
-from carft_ray.store.record import checkpoints, read_result, reported_rows
+from carft_ray.store.attempt_files import checkpoints, read_result, reported_rows
 from carft_ray.training.run_context import RunContext
 
 PLACE = "trials/t0000-0000/attempt-1"

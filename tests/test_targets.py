@@ -23,6 +23,7 @@ from tiny import make_tiny_clip
 
 from carft_ray.data.cache import MARKER, list_entries
 from carft_ray.launch.command import Plan, train_once
+from carft_ray.launch.doctor import examine
 from carft_ray.launch.runtime import decide_targets, num_stored_visits
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
@@ -32,7 +33,6 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.model import PromptsConfig
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.training import targets
-from carft_ray.training.doctor import examine
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import BLOCK, read_block, store_dir, write_block

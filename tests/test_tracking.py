@@ -24,7 +24,7 @@ from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, webhook
 from carft_ray.launch.outbox import Ended, sending
 from carft_ray.launch.tracking import trackers
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.store.record import read_result, write_result
+from carft_ray.store.attempt_files import read_result, write_result
 from carft_ray.study.training import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow

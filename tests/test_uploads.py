@@ -16,8 +16,8 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop
 from carft_ray.layout import RESULT, STATE, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.attempt_files import progress_of, progress_words
 from carft_ray.store.copy import ALL, NUMBERS
-from carft_ray.store.record import progress_of, progress_words
 from carft_ray.study import uploads
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder

@@ -27,7 +27,7 @@ from carft_ray.errors import StorageError
 from carft_ray.launch import events
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.study_view import Overview, read_study
-from carft_ray.store.record import append_log, write_result
+from carft_ray.store.attempt_files import append_log, write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import log_at
 from carft_ray.study.records import STOPPING

@@ -23,7 +23,7 @@ from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.launch import driver, worker
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import PREDICTIONS, WEIGHTS, ZERO_SHOT_TABLE
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study import uploads
 
 RECIPE = """\

@@ -4,7 +4,7 @@ with open_study(...) as study:          # the claim, no stop file of before, the
     resolved.yaml, recovery             # of this command; what has ended is recorded, the rest is queued
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
-        run_trainings(study, runtime)   # ``launch.here``
+        run_trainings(study, runtime)   # ``launch.trainings``
     end(study, ran)                     # the result, or why there is none
 
 Killed and run again, each continues where it was.
@@ -33,7 +33,6 @@ from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import Note, OnEvent, Preparing
 from carft_ray.launch.file_transfer import start_files
-from carft_ray.launch.here import STOPPED, run_trainings
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.nodes import await_nodes, may_grow
 from carft_ray.launch.own_trainer import own_notes
@@ -42,13 +41,14 @@ from carft_ray.launch.ray_errors import no_successful_trial, set_aside_error
 from carft_ray.launch.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, decide_targets, make_runtime
 from carft_ray.launch.stop import interruption, interruptions_as
+from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.launch.worker import RUNNER
 from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.recipe.space import num_trials
+from carft_ray.store.attempt_files import progress_words
 from carft_ray.store.log import log_of
-from carft_ray.store.record import progress_words
 from carft_ray.study.holding import is_ours
 from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.opening import open_study

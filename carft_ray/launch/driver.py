@@ -3,8 +3,8 @@
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
 **ended** (``ended``). Between, ``poll`` reads what was posted, the epochs of what runs, whether a stop was asked for,
 and the budget; what is to end gets its order through the mailbox.
-Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.here``) calls these four, each from one
-thread.
+Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.trainings``) calls these four, each from
+one thread.
 """
 
 import math
@@ -25,10 +25,10 @@ from carft_ray.launch.nodes import BadNodes, Drains
 from carft_ray.launch.ray_errors import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
-from carft_ray.store import record
+from carft_ray.store import attempt_files
+from carft_ray.store.attempt_files import append_log, log_lost
 from carft_ray.store.copy import NUMBERS
 from carft_ray.store.folder import RefusedError
-from carft_ray.store.record import append_log, log_lost
 from carft_ray.study.records import STOPPING
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
@@ -396,7 +396,7 @@ class Driver:
             leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
             if failure is None and leaves and not gone:
                 known = self.study.log.store.known(spec.training)
-                record.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
+                attempt_files.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
                 self.study.repeat(spec)
                 self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))
                 return

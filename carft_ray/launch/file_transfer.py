@@ -20,11 +20,11 @@ from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, Problem, StorageError
 from carft_ray.launch.mailbox import NamedActor, started_here
 from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED, STATE
+from carft_ray.store.attempt_files import checkpoint_of, checkpoints
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.commit import commit_name, digest_in
 from carft_ray.store.copy import seen
 from carft_ray.store.folder import Folder, RefusedError, check_name
-from carft_ray.store.record import checkpoint_of, checkpoints
 from carft_ray.untrusted import is_name, open_regular, visible
 
 PIECE_BYTES = 16 * 2**20

@@ -1,6 +1,6 @@
 """What a search will take: trials at a time, time, GPU hours, disk. From short trainings.
 
-As many short trainings as the search can run at a time are prepared and run as those of a search (``training.probe``).
+As many short trainings as the search can run at a time are prepared and run as those of a search (``training.timing``).
 A training of E epochs then takes
 
     fixed + E epoch + looks look
@@ -26,10 +26,10 @@ from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare
-from carft_ray.launch.here import run_trainings
 from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.runtime import Say, decide_targets, num_stored_visits
 from carft_ray.launch.stop import interruption
+from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
@@ -129,7 +129,7 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
         say: Given a text of what is being done.
 
     Returns:
-        How trainings fit; and the means of what ``training.probe`` measures, with ``prepare_s`` of the preparation,
+        How trainings fit; and the means of what ``training.timing`` measures, with ``prepare_s`` of the preparation,
         ``start_s`` of the first training of a slot besides itself (process, model, sets, the frozen model's targets),
         ``alone``, the share of its time that a training takes with nothing beside it (less than 1 if slots share
         cores), and the bytes of the ``targets`` of an epoch.
@@ -146,7 +146,7 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
         open_study(Path(folder) / "study", recipe) as study,
     ):
         shared = find_shared(recipe, cache_dir(recipe), say)
-        runner = replace(RUNNER, train=partial(there, "carft_ray.training.probe:run_probe"))
+        runner = replace(RUNNER, train=partial(there, "carft_ray.training.timing:run_timed"))
         plan = Plan(recipe, study.study_dir, address, runner=runner, shared=shared)
         with computing(plan, study, _interrupted, say) as runtime:
             fill_nodes(runtime, say)  # not timed: the sets stay in the caches, and the search will not build them again

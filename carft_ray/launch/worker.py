@@ -32,7 +32,7 @@ from carft_ray.launch.runtime import Fill, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.store import record
+from carft_ray.store import attempt_files
 from carft_ray.store.process import process_started
 from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.out_of_memory import free_device, free_host, is_out_of_memory
@@ -179,7 +179,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
             if context.rank == 0:
                 addresses = dict.fromkeys(address for _, address in nodes)
                 start = f" with {context.world_size} workers" if context.world_size > 1 else ""
-                start += f" from {record.progress_words(folder)}" if spec.attempt > 1 else ""
+                start += f" from {attempt_files.progress_words(folder)}" if spec.attempt > 1 else ""
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
             recipe = fitted(recipe, spec.fits, context.world_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 from carft_ray.layout import RESULT
 from carft_ray.recipe.schema.recipe import ResourcesConfig
-from carft_ray.store.record import read_result
+from carft_ray.store.attempt_files import read_result
 from carft_ray.study import typed
 from carft_ray.study.attributes import SET_ASIDE, SPENT, STUCK
 from carft_ray.study.rows import row_of, trainings

@@ -30,9 +30,9 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.layout import COMMITS, LOG, METRICS, RESULT
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store import record
+from carft_ray.store import attempt_files
+from carft_ray.store.attempt_files import append_log, progress_of, read_result, reported_rows
 from carft_ray.store.log import Log
-from carft_ray.store.record import append_log, progress_of, read_result, reported_rows
 from carft_ray.study import attributes as attr
 from carft_ray.study import rows, training, typed
 from carft_ray.study.best import Retention
@@ -268,7 +268,7 @@ class Study:
             Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
         folder = spec.folder(self.study_dir)
-        record.log_lost(folder, spec.attempt, reason, details)
+        attempt_files.log_lost(folder, spec.attempt, reason, details)
         found = self._stuck(spec, folder)
         if found["number"] < LOST_ATTEMPTS:
             self.repeat(spec)
@@ -281,7 +281,7 @@ class Study:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
         folder = spec.folder(self.study_dir)
         self.log.check()
-        where = f"resume continues from {record.progress_words(folder, self.log.store.known(spec.training))}"
+        where = f"resume continues from {attempt_files.progress_words(folder, self.log.store.known(spec.training))}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {self.stop.reason}; {where}")
 
     def set_aside(self) -> list[TrialRow]:

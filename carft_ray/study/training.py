@@ -11,7 +11,7 @@ from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
 from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, LOG, PREDICTIONS, RESULT
 from carft_ray.recipe.schema.search import total_violation
-from carft_ray.store.record import append_log, read_result, sha256
+from carft_ray.store.attempt_files import append_log, read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome
 

@@ -74,7 +74,7 @@ class Kept(_Strict):
 
 
 class Result(_Strict):
-    """``result.json`` of an attempt (``store.record``)."""
+    """``result.json`` of an attempt (``store.attempt_files``)."""
 
     alpha: Share | None = None
     metrics: Metrics

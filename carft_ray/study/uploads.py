@@ -26,11 +26,11 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS, KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
+from carft_ray.store.attempt_files import checkpoint_of
 from carft_ray.store.bucket import PIECE_BYTES, Tag
 from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
-from carft_ray.store.record import checkpoint_of
 from carft_ray.study.place import DRIVEN, address_in, stop_request
 
 UPLOAD_EVERY_S = 10.0

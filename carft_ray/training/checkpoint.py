@@ -28,7 +28,7 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STATE, STEP
-from carft_ray.store.record import checkpoints
+from carft_ray.store.attempt_files import checkpoints
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 FORMAT_VERSION = 1

@@ -44,7 +44,7 @@ from carft_ray.model.heads import cached_heads
 from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
-from carft_ray.store.record import left, write_result
+from carft_ray.store.attempt_files import left, write_result
 from carft_ray.training.checkpoint import load_tensors, save_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all, subset
 from carft_ray.training.loop import fine_tune

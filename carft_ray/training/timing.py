@@ -18,7 +18,7 @@ from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
 from carft_ray.recipe.schema.recipe import Recipe, with_keys
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun
@@ -30,7 +30,7 @@ from carft_ray.training.shared_inputs import shared_inputs_of_worker
 NUM_STEPS = 30  # half of all steps where a training has fewer than twice as many
 
 
-def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
+def run_timed(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """Runs two short trainings, then one evaluation of all validation images.
 
     Args:
