@@ -254,7 +254,7 @@ def test_only_a_test_says_improves_of_values_with_three_fresh_seeds_and_of_a_mod
         words = ("improves on", "worse than") if may else ("measured higher than", "measured lower than")
         for each, word in zip((better, worse), words, strict=True):
             found = said(each, kind=kind, subject=subject, seeds=range(num_seeds))
-            who = "this model, t0007 at alpha 0.40" if subject == "model" else "t0007"
+            who = "This model, t0007 at alpha 0.40" if subject == "model" else "t0007"
             assert found["headline"] == f"{who}: {word} paper by 2.0 [1.0, 3.0] points"
             assert found["shown"] == (may and each is better)
 

@@ -169,7 +169,7 @@ def headline(document: Document) -> str:
     better, worse = MAY if may_claim(document) else MEASURED
     winner = document["winner"]
     if document["subject"] == "model":
-        winner = f"this model, {winner} at alpha {winner_of(document['rows'])['alpha']:.2f}"
+        winner = f"This model, {winner} at alpha {winner_of(document['rows'])['alpha']:.2f}"
     low, high = about["objective"]["ends"]
     if low > 0:
         whom = near["other"]
