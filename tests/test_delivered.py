@@ -184,7 +184,7 @@ def test_a_baseline_without_all_its_seeds_is_named_and_nothing_is_shown(confirme
     report = carft_ray.report("study")
     assert "Without a result, and not compared: plain. So no improvement is shown." in report.numbers["lines"]
     assert "measured higher than" in report.card() or "no improvement" in report.card()
-    assert "improves on" not in report.card().split("this model")[0]
+    assert "improves on" not in report.card().split("This model")[0]
 
 
 def test_a_card_has_no_numbers_of_another_comparison(confirmed):
