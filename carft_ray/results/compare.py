@@ -50,9 +50,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     left, right = _values(first), _values(second)
     rows = []
     for what in {**left, **right}:
-        interval = found.get(what)
-        low, high = interval.ends if interval else (None, None)
-        difference = interval.mean if interval else None
+        difference, low, high = (found[what].mean, *found[what].ends) if what in found else (None, None, None)
         numbers = {"a": left.get(what), "b": right.get(what), "difference": difference, "low": low, "high": high}
         rows.append({"what": what, **numbers})
     return {
@@ -138,10 +136,9 @@ def _intervals(
 ) -> dict[str, Interval]:
     """Returns the paired interval of every number that can be compared; adds why the others cannot."""
     specs = [objective_spec(each.recipe) for each in (a, b)]
-    if {*specs[0].sets} <= set(pairs):
-        table = a.predictions()
-        ids = {name: sample_ids(table, name, float(a.result["alpha"])) for name in specs[0].sets}
-        specs[0] = with_images(specs[0], a.recipe, ids)
+    table, alpha = a.predictions(), float(a.result["alpha"])
+    ids = {name: sample_ids(table, name, alpha) for name in specs[0].sets if name in pairs}
+    specs[0] = with_images(specs[0], a.recipe, ids)
     left, right = ({name: pair[side][None] for name, pair in pairs.items()} for side in (0, 1))
     found = {WHAT.get(name, f"accuracy/{name}"): gap for name, gap in gaps_between(specs[0], left, right).items()}
     if {*specs[0].ood_sets} != {*specs[1].ood_sets}:

@@ -77,12 +77,9 @@ def models_of_search(study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]]) -
         StorageError: A result is missing or damaged.
     """
     best = require_finished(study_dir, best_row(rows["trial"]))
-    found = [_model(study_dir, best, "winner", best.alpha or 0.0, best.objective or 0.0, num_finished(rows["trial"]))]
-    for row in rows["baseline"]:
-        if row.objective is not None:
-            number = int(row.name != ZERO_SHOT)
-            found.append(_model(study_dir, row, "baseline", row.alpha or 0.0, row.objective, number))
-    return found
+    found = [(best, "winner", num_finished(rows["trial"]))]
+    found += [(row, "baseline", int(row.name != ZERO_SHOT)) for row in rows["baseline"] if row.objective is not None]
+    return [_model(study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num) for row, role, num in found]
 
 
 def models_of_confirm(

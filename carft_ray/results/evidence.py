@@ -180,7 +180,7 @@ def headline(document: Document) -> str:
     if high < 0:
         return f"{winner}: {worse} {about['other']} by {in_points(-about['objective']['mean'], (-high, -low))} points"
     said = f"{winner}: no improvement over {about['other']} shown ({_points(about, signed=True)} points)"
-    weakest = min(gaps, key=lambda gap: gap["objective"]["ends"][0])
+    weakest = _weakest(gaps)
     if weakest is not about:
         return f"{said}, nor over {weakest['other']} ({_points(weakest, signed=True)})"
     return said if about is near else f"{said}; the nearest baseline is {near['other']} ({_points(near, signed=True)})"
@@ -189,12 +189,13 @@ def headline(document: Document) -> str:
 def told_of(document: Document) -> Mapping[str, Any]:
     """Returns the difference that the headline is about; see there."""
     gaps = document["baselines"]
-    worse = [gap for gap in gaps if gap["objective"]["ends"][1] < 0]
-    near = nearest(worse or gaps)
-    if near["objective"]["ends"][0] <= 0:
-        return near
-    weakest = min(gaps, key=lambda gap: gap["objective"]["ends"][0])
-    return near if weakest["objective"]["ends"][0] > 0 else weakest
+    near = nearest([gap for gap in gaps if gap["objective"]["ends"][1] < 0] or gaps)
+    return next((gap for gap in (near, _weakest(gaps)) if gap["objective"]["ends"][0] <= 0), near)
+
+
+def _weakest(gaps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the difference with the lowest end of its interval."""
+    return min(gaps, key=lambda gap: gap["objective"]["ends"][0])
 
 
 def differences(spec: ObjectiveSpec, one: ValuesBySet, other: ValuesBySet) -> dict[str, Interval]:

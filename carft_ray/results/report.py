@@ -114,12 +114,11 @@ def study_report(view: Overview) -> dict[str, Any]:
 def _later_lines(study_dir: Path, best: str) -> list[str]:
     """Returns what a confirm and a read of the test sets have found, as text, and whether the best trial is in it."""
     lines = []
-    if found := read_compared(study_dir, CONFIRM):
-        lines += ["", *row_lines(found), *confirm_lines(found), *later_best(found, best)]
-    if found := read_compared(study_dir, TEST_DIR):
-        without = found["without_shared_images"]
-        lines += ["", *row_lines(found), *(row_lines(without) if without else []), *read_lines(found)]
-        lines += later_best(found, best)
+    for folder, told in ((CONFIRM, confirm_lines), (TEST_DIR, read_lines)):
+        if found := read_compared(study_dir, folder):
+            parts = filter(None, (found, found["without_shared_images"]))
+            rows = [line for part in parts for line in row_lines(part)]
+            lines += ["", *rows, *told(found), *later_best(found, best)]
     return lines
 
 

@@ -154,33 +154,28 @@ def summarise(
     first = rows[0]
     table = tables[(first["runs"] or [ZERO_SHOT])[0]]
     ids = {name: sample_ids(table, name, first["alpha"]) for name in spec.sets}
+    whole = dict.fromkeys(ids, slice(None))
     alone = {name: ~np.isin(own, _shared_ids(shared, name)) for name, own in ids.items()}
-    masks: list[dict[str, BoolArray] | None] = [None]
-    if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
-        masks.append(alone)
+    some_shared = not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values())
 
-    def measured(rows: Sequence[Mapping[str, Any]], subject: Subject) -> dict[str, Any]:
+    def on_images(
+        rows: Sequence[Mapping[str, Any]], subject: Subject, kept: Mapping[str, BoolArray | slice], label: str = ""
+    ) -> dict[str, Any]:
         correct = {}
         for row in rows:
             found = [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)]
-            correct[row["name"]] = {name: correct_matrix(found, name) for name in spec.sets}
+            correct[row["name"]] = {name: correct_matrix(found, name)[:, mask] for name, mask in kept.items()}
         facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
-        margin, seeds, documents = recipe.search.objective.id_margin, compared["seeds"], []
-        for mask in masks:
-            own, fewer, label = ids, correct, ""
-            if mask is not None:
-                own = {name: own[mask[name]] for name, own in ids.items()}
-                fewer = {row: {name: x[:, mask[name]] for name, x in sets.items()} for row, sets in correct.items()}
-                label = "test sets without images that are in other roles"
-            images = with_images(spec, recipe, own)
-            lacks = compared.get("missing", ())
-            documents.append(
-                compare("test", subject, images, facts, fewer, margin, seeds, label=label, baselines=lacks)
-            )
-        whole, *without = documents
-        for each in without:
-            each["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
-        return {**whole, "without_shared_images": without[0] if without else None}
+        images = with_images(spec, recipe, {name: own[kept[name]] for name, own in ids.items()})
+        margin, seeds, lacks = recipe.search.objective.id_margin, compared["seeds"], compared.get("missing", ())
+        return compare("test", subject, images, facts, correct, margin, seeds, label=label, baselines=lacks)
+
+    def measured(rows: Sequence[Mapping[str, Any]], subject: Subject) -> dict[str, Any]:
+        without = None
+        if some_shared:
+            without = on_images(rows, subject, alone, "test sets without images that are in other roles")
+            without["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
+        return {**on_images(rows, subject, whole), "without_shared_images": without}
 
     return {
         **record,

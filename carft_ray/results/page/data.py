@@ -139,16 +139,20 @@ def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(found: Mapping[str, Any]) -> dict[str, Any]:
-    has_ood = found["rows"][0]["ood_accuracy"] is not None
+    has_ood, names = found["rows"][0]["ood_accuracy"] is not None, [*found["rows"][0]["sets"]]
 
     def cells(row: Mapping[str, Any]) -> list[dict[str, float] | None]:
-        shown = [*row["sets"].values(), *([row.get("ood_accuracy")] if has_ood else []), row["objective"]]
+        shown = [
+            *(row["sets"][name] for name in names),
+            *([row.get("ood_accuracy")] if has_ood else []),
+            row["objective"],
+        ]
         return [each and {"mean": each["mean"], "low": each["ends"][0], "high": each["ends"][1]} for each in shown]
 
     rows = [{**{key: row.get(key) for key in ("name", "role", "alpha")}, "cells": cells(row)} for row in found["rows"]]
     return {
         "label": f"{found['label'][:1].upper()}{found['label'][1:]}",
-        "sets": [*found["rows"][0]["sets"], *(("ood_mean",) if has_ood else ()), "objective"],
+        "sets": [*names, *(("ood_mean",) if has_ood else ()), "objective"],
         "rows": rows,
         "differences": [
             {"name": f"{found['winner']} - {gap['other']}", "cells": cells(gap)} for gap in found["baselines"]

@@ -36,12 +36,13 @@ def with_images(spec: ObjectiveSpec, recipe: Recipe, ids: ImagesBySet) -> Object
     Args:
         spec: The objective over sets of the recipe.
         recipe: The recipe.
-        ids: Sample ids per set, uint64 [n], in the order of the arrays that the objective is used with.
+        ids: Sample ids per set, uint64 [n], in the order of the arrays that the objective is used with; of all its
+            sets, or of those that it is used with.
     """
     places = {str(path[-1]): name_space(plain(each)) for path, each in named_sets(recipe).items()}
-    if len({places[name] for name in spec.sets}) == len(spec.sets):
+    if len({places[name] for name in ids}) == len(ids):
         return spec
-    return replace(spec, images={name: ids[name] ^ np.uint64(sample_id(repr(places[name]))) for name in spec.sets})
+    return replace(spec, images={name: own ^ np.uint64(sample_id(repr(places[name]))) for name, own in ids.items()})
 
 
 def parts(arrays: Mapping[str, FloatArray], weights: Mapping[str, float], images: ImagesBySet | None) -> list[Part]:

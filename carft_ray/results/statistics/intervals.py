@@ -239,8 +239,6 @@ def _image_variance(array_rn: FloatArray) -> float:
     per_image = array_rn.mean(axis=0)
     grand = float(per_image.mean())
     ms_image = num_seeds * float(((per_image - grand) ** 2).sum()) / (num_images - 1)
-    if num_seeds == 1:
-        return ms_image / num_images
     return max(0.0, (ms_image - _residual_mean_square(array_rn)) / num_seeds) / num_images
 
 
