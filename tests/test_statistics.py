@@ -467,6 +467,8 @@ def test_sets_of_the_same_images_are_known_by_place_and_sample_id(tmp_path):
     assert np.array_equal(images["id_val"], images["shifted"])
     assert not np.isin(images["id_val"], images["other"]).any()  # equal ids, but of another place
     assert groups(images, images) == [("id_val", "shifted"), ("other",)]
+    some = with_images(objective_spec(recipe), recipe, {name: ids[name] for name in ("shifted", "id_val")}).images
+    assert some.keys() == {"id_val", "shifted"}  # where others cannot be compared
     folder = {"source": "folder", "path": str(tmp_path / "a"), "part": [0, 0.5]}
     apart = recipe_of(one=folder, other={**folder, "path": str(tmp_path / "b")})
     assert with_images(objective_spec(apart), apart, ids).images is None

@@ -40,9 +40,10 @@ def with_images(spec: ObjectiveSpec, recipe: Recipe, ids: ImagesBySet) -> Object
             sets, or of those that it is used with.
     """
     places = {str(path[-1]): name_space(plain(each)) for path, each in named_sets(recipe).items()}
-    if len({places[name] for name in ids}) == len(ids):
+    names = [name for name in spec.sets if name in ids]
+    if len({places[name] for name in names}) == len(names):
         return spec
-    return replace(spec, images={name: own ^ np.uint64(sample_id(repr(places[name]))) for name, own in ids.items()})
+    return replace(spec, images={name: ids[name] ^ np.uint64(sample_id(repr(places[name]))) for name in names})
 
 
 def parts(arrays: Mapping[str, FloatArray], weights: Mapping[str, float], images: ImagesBySet | None) -> list[Part]:
