@@ -22,7 +22,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
-from carft_ray.layout import MANIFEST
+from carft_ray.layout import MANIFEST, RAY_LOG
 from carft_ray.store import bucket
 from carft_ray.store.bucket import Bucket
 from carft_ray.study import place
@@ -132,6 +132,12 @@ def copied(folder, address):
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
     for path in sorted(paths, key=lambda path: path == folder / MANIFEST):
         store.upload(path.relative_to(folder).as_posix(), path)
+
+
+def contents(folder):
+    """What two copies of a study have in common, by name."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name not in (MANIFEST, RAY_LOG, "stop")}
 
 
 @contextlib.contextmanager

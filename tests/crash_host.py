@@ -218,6 +218,13 @@ def call(argv):
     return 0
 
 
+def printed(capsys, *words):
+    """Returns what a command line prints with --json."""
+    capsys.readouterr()
+    assert call([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def work(program, jobs, folder):
     """Does some jobs."""
     for job in jobs:

@@ -11,8 +11,8 @@ from pathlib import Path
 import crash_host
 import pytest
 import short_training
+from bucket_searches import ended
 from bucket_server import impatient
-from test_mirror import ended
 
 import cluster
 from carft_ray.results.reading.study_view import read_study
