@@ -102,6 +102,14 @@ def study_dir(tmp_path):
 
 
 @pytest.fixture
+def base(tmp_path, monkeypatch):
+    """The working directory of this test, which has a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
 def run(here, capsys):
     """Runs a command line in the folder ``here`` of a module; every command that it suggests must parse."""
     import crash_host

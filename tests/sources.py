@@ -51,5 +51,21 @@ def told(open_it, *args, **keys):
     return str(caught.value)
 
 
+def table(base, path="set.parquet", names=None, **keys):
+    """Opens a table in the working directory."""
+    return open_set(names, source="table", path=str(path), **keys)
+
+
+def shards(base, path="set/shards", **keys):
+    """Opens shards in the working directory."""
+    return open_set(source="webdataset", path=str(path), **keys)
+
+
+def contents(source):
+    """Returns what is known of every image by its id."""
+    ids = source.sample_ids.tolist()
+    return {ids[i]: (source.class_names[source.labels[i]], source.content(i)) for i in range(len(source))}
+
+
 def folder_source(root, domains, classes, name, **selection):
     return open_set(classes, name, source="folder", path=str(root), domains=domains, **selection)
