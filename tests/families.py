@@ -8,10 +8,13 @@ import json
 from dataclasses import dataclass, field
 
 import open_clip
+import pytest
 import timm
 import torch
 from timm.models import register_model
+from tiny import load_folder
 
+from carft_ray.errors import CarftError
 from carft_ray.model.weights_files import quiet
 from carft_ray.training.checkpoint import save_tensors
 
@@ -114,3 +117,10 @@ def make_tokenizer(folder, words=WORDS):
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>", "bos_token": "<s>"}))
+
+
+def refused(folder):
+    """Returns the message for a folder that cannot be loaded."""
+    with pytest.raises(CarftError) as caught:
+        load_folder(folder)
+    return str(caught.value)

@@ -13,6 +13,8 @@ CONFIG = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+# of a text tower whose tokenizer is the one of ``families``
+TEXT = {**CONFIG["text_cfg"], "vocab_size": 18, "hf_tokenizer_name": "nobody/words", "context_length": 8}
 
 
 def make_clip(vision_cfg, dtype=torch.float32, seed=0, noise=0.0):
