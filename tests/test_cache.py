@@ -1,7 +1,7 @@
-"""The cache of images: what is held, what goes, its verbs; many processes, kills at any durable operation, full disks.
+"""The cache of images: what is held, what goes; many processes, kills at any durable operation, full disks.
 
-It is a program of ``crash_host`` too: ``call([KIND, FOLDER])`` opens a ``decoded`` or ``packed`` set of the pictures
-below, or ``limited``: halves of their size with room for one set; every decoding appends to FOLDER/log. ``["builders",
+It is a program of ``crash_host`` too: ``call([KIND, FOLDER])`` opens a ``decoded`` or ``packed`` set of pictures,
+or ``limited``: halves of their size with room for one set; every decoding appends to FOLDER/log. ``["builders",
 FOLDER, KIND]`` does so in eight processes that begin at once; with "no-locks" behind it, on a disk without locks.
 """
 
@@ -11,7 +11,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import re
 import signal
 from pathlib import Path
 
@@ -19,46 +18,15 @@ import crash_host
 import numpy as np
 import pyarrow as pa
 import pytest
-import short_training
-import simplejpeg
-from conftest import ArraySource
+from cached_pictures import Pictures, decoded
 
 from carft_ray.data import cache, cached_sets
 from carft_ray.data.cached_sets import Keeping, PackedSource, image_set, pays
-from carft_ray.data.images import decode_image
 from carft_ray.errors import CarftError, DataError, StorageError
-from carft_ray.words import counted
-
-
-class Pictures(ArraySource):
-    """Random images that are stored: bytes of a JPEG each."""
-
-    def __init__(self, log_path=None, num_images=12, side=8, number=0, name="train"):
-        super().__init__(num_images, side, name=name)
-        self.sample_ids += np.uint64(2**63)
-        self.log_path, self.identity = log_path, f"pictures-1/{number}"
-
-    def content(self, index):
-        if self.log_path is not None:
-            handle = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.write(handle, f"{os.getpid()} {index}\n".encode())
-            os.close(handle)
-        return simplejpeg.encode_jpeg(self.images[index])
-
-    def decoded(self, content, index):
-        return decode_image(content, self.place(index)), "RGB"
-
-    def pixels(self, index):
-        return self.decoded(self.content(index), index)[0]
 
 
 def halve(image):
     return image.resize((image.width // 2, image.height // 2))
-
-
-def decoded(cache_dir, number, limit_gb=None):
-    """Builds or opens a set of its own for each number; the entry is of about 4 kB."""
-    return image_set(Pictures(number=number), None, "as-is", Keeping(cache_dir, limit_gb))
 
 
 def names(cache_dir):
@@ -330,146 +298,6 @@ def test_a_build_that_is_stopped_or_meets_another_size_leaves_nothing(tmp_path, 
     assert names(tmp_path) == []
 
 
-# ---- packed sets
-
-
-@pytest.mark.parametrize("short_side", [7, 8])
-def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path, short_side):
-    source = Pictures()
-    found = PackedSource(source, Keeping(tmp_path), short_side)
-    for index in range(len(source)):
-        if short_side == 8:
-            assert found.packed_bytes(index) == source.content(index)
-        assert found.pixels(index).shape == (short_side, short_side, 3)
-        assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
-    PackedSource(source, Keeping(tmp_path))
-    assert len(cache.list_entries(tmp_path)) == 2
-
-
-def test_packing_pays_for_files_of_no_own_disk_with_a_cache_elsewhere(tmp_path, monkeypatch):
-    assert not pays(str(tmp_path / "shards" / "{00..12}.tar"), False, tmp_path / "cache")  # all on one disk
-    network, other, own, another = (0, 40), (0, 50), (8, 1), (8, 2)
-    for home, cache_dir in ((network, own), (network, other), (network, network), (another, own), (own, network)):
-        devices = {Path("/home"): os.makedev(*home), Path("/cache"): os.makedev(*cache_dir)}
-        monkeypatch.setattr(cached_sets, "_device", devices.__getitem__)
-        assert pays("/home", False, Path("/cache")) is (home == network and cache_dir != network)
-        assert pays("/home", True, Path("/cache"))
-
-
-# ---- the verbs
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-
-
-@pytest.mark.slow
-def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(run, tmp_path):
-    short_training.make(tmp_path)
-    code, out, err = run("data", "ls")
-    assert (code, out) == (0, "")
-    assert "0 entries, 0 kB." in err
-    assert "carft-ray data add" in err
-    tests = ["--set", "data.id_test={source: folder, path: images, domains: [secret]}"]
-    (tmp_path / "images" / "secret" / "star").mkdir(parents=True)  # no class list of ours: reading it would be an error
-    code, out, err = run("data", "add", "recipe.yaml", "--set", "data.pack=always", *tests)
-    assert (code, out) == (0, "")
-    assert "id_val: 15 images, decoded, built\nsketch: 10 images, decoded, built" in err
-    assert re.search(r"train: 20 images, packed, (built|there)", err)
-    assert "carft-ray search recipe.yaml --set data.pack=always" in err
-    code, out, err = run("data", "add", "recipe.yaml", "--json")
-    answer = json.loads(out)
-    kinds = [("train", "files", False), ("id_val", "decoded", False), ("sketch", "decoded", False)]
-    assert [(each["name"], each["kind"], each["built"]) for each in answer["sets"]] == kinds
-    assert answer["cache"] == str(tmp_path / "own" / "carft-ray")
-    code, out, err = run("data", "ls")
-    assert code == 0
-    assert re.search(r"id_val +decoded +folder +15 +16 x 16 +\S+ kB", out)
-    assert re.search(r"train +packed +folder +20 ", out)
-    assert f"{tmp_path / 'own' / 'carft-ray'}: 3 entries, " in err
-    listed = json.loads(run("data", "ls", "--json")[1])
-    assert sorted(entry["name"] for entry in listed["entries"]) == ["id_val", "sketch", "train"]
-    assert listed["num_bytes"] == answer["num_bytes"] == sum(entry["num_bytes"] for entry in listed["entries"])
-
-
-ODD = [{"key": "x", "last_used": 1, "num_bytes": 1, "in_use": True}, {"num_images": "x", "created": "x"}, [], 3]
-ODD += [
-    {"name": 3, "kind": None, "source": [], "num_images": 1.5, "created": 1e300},
-    {"num_images": -1, "created": True},
-]
-
-
-@pytest.mark.parametrize("about", [*map(json.dumps, ODD), '{"created": NaN}', "[" * 100_000])
-def test_an_entry_of_a_strangers_cache_says_only_what_can_be(run, tmp_path, about):
-    path = tmp_path / f"{'0' * 32}.arrow"
-    about = about if about.startswith("[[") else about.replace("{", '{"image_size": "8 x 8", "created": 1e9, ', 1)
-    with pa.ipc.new_file(str(path), pa.schema([], metadata={"about": about, "x": '"created": '})):
-        pass
-    code, out, _ = run("data", "ls", "--cache", tmp_path, "--json")
-    assert code == 0
-    (entry,) = json.loads(out)["entries"]
-    assert (entry["key"], entry["num_bytes"]) == ("0" * 32, path.stat().st_size)
-    assert (entry["kind"], entry["name"], entry["source"], entry["num_images"]) == ("unknown", "", "", 0)
-    assert run("data", "ls", "--cache", tmp_path)[0] == 0
-
-
-NOTE = f"records-{'0' * 32}.arrow"
-
-
-@pytest.fixture
-def filled(tmp_path):
-    """Three sets, last used 40, 20 and 0 days ago, with hashes, what a killed build left, and other files."""
-    folder = tmp_path / "full"
-    for number, days in ((0, 40), (1, 20), (2, 0)):
-        decoded(folder, number)
-        path = folder / f"{cache.list_entries(folder)[0].key}.arrow"
-        os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
-    (folder / f".{'0' * 32}.arrow.9-host.tmp").touch()
-    (folder / NOTE).write_bytes(b"hashes")
-    (folder / "studies").mkdir()
-    (folder / "notes.txt").write_text("mine")
-    return folder
-
-
-CLEANED = {"--older-than 30d": 2, "--older-than 480h": 1, "--to-gb 0.000009": 2, "--to-gb 0": 0, "--all": 0}
-
-
-@pytest.mark.parametrize(("words", "kept"), CLEANED.items())
-def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
-    before = [entry.key for entry in cache.list_entries(filled)]  # the last used first
-    code, out, _ = run("data", "clean", "--cache", filled, *words.split(), "--yes", "--json")
-    assert code == 0
-    answer = json.loads(out)
-    assert (answer["num_kept"], answer["num_dead_builds"], answer["num_in_use"]) == (kept, 1, 0)
-    assert [entry.key for entry in cache.list_entries(filled)] == before[:kept]
-    assert {*answer["removed"]} == {*before[kept:]}
-    assert [name for name in os.listdir(filled) if name.startswith(".")] == []
-    assert (filled / "studies").is_dir()
-    assert (filled / "notes.txt").exists()
-    assert (filled / NOTE).exists() is (words != "--all")
-
-
-@pytest.mark.parametrize(("answer", "kept"), [(True, 1), (False, 3)])
-def test_clean_asks_first_and_leaves_what_is_in_use(run, filled, monkeypatch, answer, kept):
-    held = decoded(filled, 0).images_NHWC[3:5]  # a part of it uses it
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer)
-    code, out, err = run("data", "clean", "--cache", filled, "--all")
-    assert (code, out) == (0, "Remove 2 entries and 1 file of notes?\n")
-    assert len(cache.list_entries(filled)) == kept
-    assert ("Nothing was removed." in err) is (kept == 3)
-    if kept == 1:
-        assert "Removed 2 entries, " in err
-        assert "1 entry in use: not removed." in err
-        assert f"carft-ray data ls --cache {filled}" in err
-    del held
-    _, _, err = run("data", "clean", "--cache", filled, "--all", "--yes")
-    assert f"Removed {counted(kept, 'entry')}, " in err
-    assert "in use" not in err
-
-
 def test_a_folder_that_two_processes_make_or_that_is_removed_while_one_writes_stays_ours(tmp_path, monkeypatch):
     key, answers, is_marked, unlink = "0" * 32, [False], cache._is_marked, os.unlink
     visit = tmp_path / "targets" / key / "visit-0000"
@@ -508,22 +336,30 @@ def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
     assert len(keys(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("clean", "needs exactly one of --all, --older-than and --to-gb, but got none of them"),
-        ("clean --all --to-gb 0", "needs exactly one of --all, --older-than and --to-gb, but got --all and --to-gb"),
-        ("clean --older-than month", "--older-than: must be a time such as 12h or 30d, but got 'month'"),
-        ("clean --all --cache full", "No terminal to confirm on; pass --yes."),
-        ("clean --all --cache elsewhere", "--cache: elsewhere must be the folder of a cache, but got no such"),
-        ("ls --cache full/notes.txt", "--cache: full/notes.txt must be the folder of a cache, but got a file"),
-    ],
-)
-def test_a_mistake_gives_one_message_exit_code_2_and_removes_nothing(run, filled, words, message):
-    code, out, err = run("data", *words.split())
-    assert (code, out) == (2, "")
-    assert message in " ".join(err.split())
-    assert len(cache.list_entries(filled)) == 3
+# ---- packed sets
+
+
+@pytest.mark.parametrize("short_side", [7, 8])
+def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path, short_side):
+    source = Pictures()
+    found = PackedSource(source, Keeping(tmp_path), short_side)
+    for index in range(len(source)):
+        if short_side == 8:
+            assert found.packed_bytes(index) == source.content(index)
+        assert found.pixels(index).shape == (short_side, short_side, 3)
+        assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
+    PackedSource(source, Keeping(tmp_path))
+    assert len(cache.list_entries(tmp_path)) == 2
+
+
+def test_packing_pays_for_files_of_no_own_disk_with_a_cache_elsewhere(tmp_path, monkeypatch):
+    assert not pays(str(tmp_path / "shards" / "{00..12}.tar"), False, tmp_path / "cache")  # all on one disk
+    network, other, own, another = (0, 40), (0, 50), (8, 1), (8, 2)
+    for home, cache_dir in ((network, own), (network, other), (network, network), (another, own), (own, network)):
+        devices = {Path("/home"): os.makedev(*home), Path("/cache"): os.makedev(*cache_dir)}
+        monkeypatch.setattr(cached_sets, "_device", devices.__getitem__)
+        assert pays("/home", False, Path("/cache")) is (home == network and cache_dir != network)
+        assert pays("/home", True, Path("/cache"))
 
 
 # ---- many processes
