@@ -12,7 +12,7 @@ from logs import commits, holding, rewrite
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 from study_steps import searching
-from test_driver import Tune
+from tune_stand_in import Tune
 
 from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, used_up

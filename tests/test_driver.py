@@ -1,4 +1,4 @@
-"""The driver, asked and told as Tune does it; no Ray runs."""
+"""The driver, asked and told as Tune does it: attempts, failures, the end of a search. No Ray runs."""
 
 import json
 import random
@@ -12,18 +12,16 @@ import killed_searches
 import pytest
 from logs import take
 from ray.tune.search import Searcher
-from stand_in import make_recipe, save
+from stand_in import make_recipe
 from study_steps import searching
+from tune_stand_in import Tune, kinds, short_search, spec_of
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch import tune_runner
-from carft_ray.launch.capacity import AtATime, Node, capacity_of
+from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.driver import STOP_UNLOGGED_S, Driver
 from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialSetAside
-from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
-from carft_ray.launch.nodes import BadNodes, Drains
-from carft_ray.launch.tune_runner import DriverCallback, DriverSearcher
+from carft_ray.launch.mailbox import Post
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -32,112 +30,16 @@ from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.study.training import Failure, TrialSpec
 
 
-def spec_of(trial):
-    return TrialSpec(**trial.config["spec"])
-
-
-class Tune:
-    """Asks and tells like Tune's controller, with a list of its trials."""
-
-    def __init__(self, driver):
-        self.driver = driver
-        self.box, self.num_rows = Mailbox(), Counter()
-        driver.exchange = Exchange(self.box)
-        self.searcher = DriverSearcher(driver)
-        self.callback = DriverCallback(driver, self.searcher)
-        self.trials = []
-        self.look()
-
-    def look(self):
-        self.searcher.see(self.trials)
-        self.driver.exchange.now()
-        self.driver.poll(at_once=True)
-
-    def start(self):
-        trial_id = f"id{len(self.trials)}"
-        answer = self.searcher.suggest(trial_id)
-        if answer in (None, Searcher.FINISHED):
-            return answer
-        trial = SimpleNamespace(trial_id=trial_id, config=answer, status="RUNNING", get_pickled_error=lambda: None)
-        self.trials.append(trial)
-        self.callback.on_trial_start(0, self.trials, trial)
-        return trial
-
-    def finish(self, trial, objective=0.5):
-        content = {"objective": objective, "alpha": 0.5, "metrics": {}}
-        write_result(self.place(trial), content)
-        self.end(trial)
-
-    def fail(self, trial, outcome, reason="because", exit_code=1, **more):
-        spec = spec_of(trial)
-        self.folder(trial).mkdir(parents=True, exist_ok=True)
-        failure = Failure(outcome, reason, spec.attempt, exit_code, **more)
-        self.box.post(Post(spec.training, spec.attempt, failure=failure))
-        self.end(trial)
-
-    def end(self, trial, lost="", **told):
-        trial.status = "TERMINATED"
-        self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost, **told})
-
-    def die(self, trial, message="The actor died unexpectedly.\nMore."):
-        trial.status = "ERROR"
-        trial.get_pickled_error = lambda: RuntimeError(message)
-        self.callback.on_trial_error(0, self.trials, trial)
-        self.searcher.on_trial_complete(trial.trial_id, error=True)
-
-    def place(self, trial):
-        return self.folder(trial) / f"attempt-{trial.config['spec']['attempt']}"
-
-    def post(self, trial, steps=1, group="", nodes=()):
-        """Posts as rank 0 of a trial; returns the order."""
-        spec, nodes = spec_of(trial), tuple(map(tuple, nodes))
-        process = Process(77, "5", nodes[0][0] if nodes else "n1", group, nodes)
-        return self.box.post(Post(spec.training, spec.attempt, 0, steps, process)).order
-
-    def report(self, trial, *rows):
-        """Posts rows of epochs as rank 0 of a trial."""
-        spec = spec_of(trial)
-        first = self.num_rows[spec.training, spec.attempt]
-        self.num_rows[spec.training, spec.attempt] += len(rows)
-        self.box.post(Post(spec.training, spec.attempt, records=tuple(("row", row) for row in rows), first=first))
-
-    def order(self, trial):
-        """What the driver wants of a trial now."""
-        self.driver.exchange.now()
-        spec = spec_of(trial)
-        return self.box.post(Post(spec.training, spec.attempt, 1)).order
-
-    def folder(self, trial):
-        return spec_of(trial).folder(self.driver.study.study_dir)
-
-
 @pytest.fixture
-def study(tmp_path):
-    with searching(tmp_path / "study", make_recipe(6)) as study:
-        yield study
-
-
-@pytest.fixture
-def search(study):
-    """Gives a function that makes a search of 6 trials, 2 at a time, with further arguments for its driver."""
-
-    def make(**how):
-        events = []
-        tune = Tune(Driver(study, AtATime(2), events.append, **how))
-        tune.events = events
-        return tune
-
-    return make
+def search(tmp_path):
+    with short_search(tmp_path / "study") as make:
+        yield make
 
 
 @pytest.fixture
 def tune(search):
     """A search of 6 trials, 2 at a time."""
     return search()
-
-
-def kinds(events):
-    return [type(event) for event in events]
 
 
 def test_a_poll_looks_at_the_log_once_however_many_trainings_have_posted(tune, monkeypatch):
@@ -167,15 +69,6 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     for stranger in ("stranger", ended.trial_id):  # and one that has ended
         tune.searcher.on_trial_complete(stranger, result=None, error=True)
     assert tune.driver.failure is None
-
-
-def test_an_attempt_that_was_lost_with_one_of_its_ranks_is_told_with_where_it_ran(tune):
-    trial = tune.start()
-    tune.post(trial, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
-    tune.look()
-    tune.end(trial, "it was killed", dead_rank=1)
-    told = f"{spec_of(trial).name} gets another attempt: rank 1 on 10.0.0.2: it was killed"
-    assert tune.events[-1].text.startswith(told)
 
 
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
@@ -368,151 +261,6 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune, e
     failure = tune.driver.failure
     assert failure.exit_code == code  # by the last one
     assert re.search(f"12 attempts in a row failed; the last one: {told}\n.* run the same command again", str(failure))
-
-
-def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):
-    now = [0.0]
-    nodes = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
-    bad_nodes = tune.driver.bad_nodes = BadNodes(lambda: nodes, clock=lambda: now[0])
-    tune.finish(tune.start())
-
-    def run(node, end):
-        trial = tune.start()
-        tune.post(trial, nodes=[[node, nodes[node]]])
-        tune.look()
-        end(trial)
-        return trial.config["avoid"]
-
-    assert [run("n2", end) for end in (tune.die, tune.die, tune.finish)] == [[], [], []]
-    assert [run("n2", tune.die) for _ in range(3)] == [[], [], []]  # as if the two before had not been
-    said = Note("3 attempts in a row failed on node 10.0.0.2; it is left out for 10 minutes")
-    assert [event for event in tune.events if event == said] == [said]
-    assert tune.start().config["avoid"] == ["n2"]
-    now[0] = 601.0
-    assert bad_nodes.left_out() == []
-
-    def broken(trial):
-        tune.fail(trial, "error", "ImportError: libcudart.so.12")
-
-    assert [run("n2", end) for end in (broken, broken, broken)] == [[], [], []]
-    assert [event for event in tune.events if event == said] == [said] * 2
-    assert tune.start().config["avoid"] == ["n2"]
-    assert [bad_nodes.failed("n3") for _ in range(4)] == [""] * 4  # never more than half of them
-    assert [bad_nodes.failed("gone") for _ in range(4)] == [""] * 4
-    now[0] = 1202.0
-    assert bad_nodes.left_out() == []
-
-
-def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_failure_is_counted(tune):
-    trial = tune.start()
-    name, folder = trial.config["spec"]["name"], tune.folder(trial)
-    for number in range(1, 20):
-        save(folder, 1, number)
-        for reason in ("node7 goes", "asked once more"):
-            tune.driver.ask_to_leave(spec_of(trial), reason)
-        assert tune.order(trial) == "leave"
-        tune.end(trial)
-        assert tune.events[-1] == Note(f"{name} gets another attempt: node7 goes")
-        trial = tune.start()
-        assert spec_of(trial).attempt == number + 1
-        assert tune.order(trial) == "go"  # what an attempt before was asked means nothing
-    tune.finish(trial)
-    assert kinds(tune.events).count(BaselineFinished) == 1
-    lines = (folder / "log.txt").read_text().splitlines()
-    assert lines[0].endswith("attempt 1: left: node7 goes; the next attempt continues from step 10 (epoch 1)")
-    assert len(lines) == 19
-    tune.driver.ask_to_leave(spec_of(trial), "it has ended")
-    assert tune.order(trial) == "go"
-    trial = tune.start()
-    tune.driver.exchange.heard -= 61  # it has slept, and the mailbox has asked
-    tune.end(trial)
-    assert tune.events[-1].text.endswith(" gets another attempt: the driver was silent for more than 60 s")
-
-
-def test_the_last_node_on_which_a_training_fits_is_never_left_out():
-    """The head has no CPU; of two workers one is left out, and the other then goes."""
-    there = {"head": Node(0, 0), "n1": Node(2, 0), "n2": Node(2, 0), "n3": Node(1, 0)}
-
-    def fits(without):
-        left = tuple(node for name, node in there.items() if name not in without)
-        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, may_grow=True).concurrency > 0
-
-    nodes = BadNodes(lambda: dict.fromkeys(there, "10.0.0.1"), fits)
-    assert [bool(nodes.failed("n1")) for _ in range(3)] == [False, False, True]
-    assert not any(nodes.failed("n2") for _ in range(9))
-    assert nodes.left_out() == ["n1"]
-    del there["n2"]
-    assert nodes.left_out() == []
-
-
-def test_an_attempt_that_ends_before_it_has_left_is_settled_as_any_other_and_one_that_dies_is_lost(tune):
-    tune.finish(tune.start())
-    for end, outcome in ((lambda trial: tune.fail(trial, "diverged"), "diverged"), (tune.finish, "complete")):
-        trial = tune.start()
-        tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
-        end(trial)
-        assert tune.events[-1].row.outcome == outcome
-    for _ in range(LOST_ATTEMPTS):
-        trial = tune.start()
-        tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
-        tune.die(trial)
-    assert tune.events[-1] == TrialSetAside(spec_of(trial), "RuntimeError: The actor died unexpectedly.")
-
-
-def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_put_there(tune):
-    draining, now = {}, [0.0]
-    tune.driver.drains = Drains(lambda: draining, lambda: now[0])
-    first, second = tune.start(), tune.start()
-    tune.post(first, nodes=[("n1", "10.0.0.1")])
-    tune.post(second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
-    tune.look()
-    draining["n2"] = round(1000 * (time.time() + 1000))
-    tune.look()  # Ray is asked once a second
-    assert tune.order(second) == "go"
-    now[0] = 1.0
-    tune.look()
-    assert (tune.order(first), tune.order(second)) == ("go", "leave")
-    tune.end(second)
-    assert re.search(r" gets another attempt: 10\.0\.0\.2 is being taken away within \d+ s$", tune.events[-1].text)
-    again = tune.start()
-    assert (again.config["spec"]["name"], again.config["avoid"]) == (second.config["spec"]["name"], ["n2"])
-    del draining["n2"]  # it is gone
-    now[0] = 2.0
-    tune.finish(again)
-    assert tune.start().config["avoid"] == []
-
-
-def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others_from_theirs(search):
-    groups, removed = {}, []  # of the job, with whether each has its resources
-
-    def remove(name):
-        removed.append(name)
-        del groups[name]
-
-    groups["of the program"] = True  # which has it for itself, and starts a search beside it
-    tune = search(leaks=Leaks(lambda: dict(groups), remove))
-    groups |= {"g1": True, "g2": True}
-    first, second = tune.start(), tune.start()
-    tune.die(first)
-    tune.look()
-    assert removed == []  # which of the two is the second one's is not known yet
-    third = tune.start()
-    groups["g3"] = True
-    tune.post(second, group="g2")
-    tune.look()
-    assert removed == []  # the third one may have taken a group that was there
-    tune.post(third, group="g3")
-    tune.look()
-    assert removed == ["g1"]
-    assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")
-    tune.end(second)
-    groups["g4"] = False  # the next one waits for what the third one holds
-    tune.start()
-    tune.die(third)
-    tune.look()
-    assert "g3" in removed
-    tune.driver.leaks.clear()
-    assert [*groups] == ["of the program"]
 
 
 def test_a_process_under_which_memory_or_a_machine_has_failed_is_not_used_again(search, monkeypatch):

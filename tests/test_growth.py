@@ -12,7 +12,7 @@ import pytest
 import ray
 import stand_in
 from study_steps import searching
-from test_driver import Tune
+from tune_stand_in import Tune
 
 import cluster
 from carft_ray.errors import BudgetError, ClusterError
