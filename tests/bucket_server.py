@@ -151,6 +151,14 @@ def impatient(monkeypatch, cache):
 
 
 @contextlib.contextmanager
+def without_retries(monkeypatch):
+    """Gives a server to a process that tries no request again."""
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 0)
+    with bucket_server(monkeypatch) as server:
+        yield server
+
+
+@contextlib.contextmanager
 def bucket_server(monkeypatch=None):
     """Gives a server with one empty bucket, to which the environment of this process leads meanwhile."""
     server = Server()

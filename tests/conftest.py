@@ -34,7 +34,7 @@ LONGEST = (  # longest first
     "test_page_in_browser",
     "test_documents",
     "test_failures",
-    "test_log",
+    "test_log_struck",
     "test_holding",
 )
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from bucket_server import SECRET, bucket_server, refused
+from short_log import claimed, read
 from study_steps import contents
-from test_log import claimed, read
 
 from carft_ray import files
 from carft_ray.errors import StorageError, UsageError
