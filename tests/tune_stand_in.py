@@ -12,7 +12,7 @@ from carft_ray.launch.capacity import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.tune_runner import DriverCallback, DriverSearcher
-from carft_ray.store.record import write_result
+from carft_ray.store.attempt_files import write_result
 from carft_ray.study.training import Failure, TrialSpec
 
 
