@@ -29,7 +29,7 @@ from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.results.adviser import findings
 from carft_ray.results.evidence import compare, comparison_lines, headline_lines, in_points
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
-from carft_ray.results.page.data import page_document
+from carft_ray.results.page.data import page_document, set_tables
 from carft_ray.results.page.page import FIGURES, HERE, figures, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
@@ -370,6 +370,19 @@ def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_p
     evaluate = view.recipe.evaluate.model_copy(update={"thumbnails": 0})
     set_recipe(two, view.recipe.model_copy(update={"evaluate": evaluate}))
     assert page_document(read_study(two))["changed_images"] == []
+
+
+def test_cells_of_a_table_are_found_by_the_name_of_their_set():
+    def interval(mean):
+        return {"mean": mean, "ends": [mean, mean]}
+
+    facts = {"alpha": 1.0, "ood_accuracy": None, "objective": interval(0.5)}
+    winner = {"name": "t0", "role": "winner", **facts, "sets": {"id_val": interval(0.1), "dark": interval(0.2)}}
+    other = {"name": "plain", "role": "baseline", **facts, "sets": {"dark": interval(0.4), "id_val": interval(0.3)}}
+    found = {"label": "x", "winner": "t0", "rows": [winner, other], "baselines": []}
+    [table] = set_tables({"test": None, "confirm": found, "report": None})
+    assert table["sets"] == ["id_val", "dark", "objective"]
+    assert [cell["mean"] for cell in table["rows"][1]["cells"]] == [0.3, 0.4, 0.5]
 
 
 def test_the_tables_are_files_of_csv_with_the_numbers_of_the_page(studies, here, printed):
