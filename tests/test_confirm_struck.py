@@ -96,6 +96,7 @@ def check(host, name, place, answer):
     assert sum(row.attempt - 1 for row in confirmations(study_dir)) <= 1, name
 
 
+@pytest.mark.timeout(5400)  # `make crash-points` kills around each write, on a slow and busy machine too
 def test_a_confirm_killed_around_any_write_of_its_stages_trains_nothing_twice(host):
     jobs = {
         f"kill-{number:03d}-{kind}-{moment}": [{"argv": CONFIRM, "kill": (number, moment, kind)}, {"argv": CONFIRM}]

@@ -83,6 +83,7 @@ def differences(folder, other):
     return found + [view.__name__ for view in (result, metrics, files) if view(folder) != view(other)]
 
 
+@pytest.mark.timeout(5400)  # `make crash-points` kills around each write, on a slow and busy machine too
 def test_a_training_killed_at_any_durable_operation_is_resumed_to_the_very_same_result(host, reference):
     """Some are killed again before that, and some write their checkpoints as late as they may."""
     folder, kinds = reference
