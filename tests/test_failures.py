@@ -131,7 +131,7 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
 def test_what_a_stranger_says_of_a_micro_batch_is_told(tmp_path, change):
     with logs.holding(tmp_path / "study") as log:
         log.write({"kind": "fits", "device": "cpu", "micro_batch": 16, **change})
-        with pytest.raises(StorageError, match=f"study, commit 2: {next(iter(change))}: "):
+        with pytest.raises(StorageError, match=f"study/log, commit 2: {next(iter(change))}: "):
             noted(log)
 
 

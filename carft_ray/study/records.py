@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log
 from carft_ray.study import typed
 
@@ -68,5 +69,5 @@ def last_of(log: Log, kind: str, since: int = 0) -> dict[str, Any] | None:
 
 
 def _checked(log: Log, each: Numbered) -> Numbered:
-    typed.checked(TYPES[each[1]["kind"]], each[1], f"{log}, commit {each[0]}")
+    typed.checked(TYPES[each[1]["kind"]], each[1], f"{log}/{COMMITS}, commit {each[0]}")
     return each
