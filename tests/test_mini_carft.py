@@ -1,12 +1,12 @@
 """``examples/mini_carft.py``, the method written once more: its numbers are those of the package."""
 
 import ast
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from by_path import module_at
 from conftest import CLASS_WORDS, TEMPLATES
 from tiny import make_tiny_clip
 
@@ -29,9 +29,7 @@ from carft_ray.training.penalties import Reference
 from carft_ray.training.run_context import RunContext
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples"))
-import mini_carft  # noqa: E402
-
+mini_carft = module_at(ROOT / "examples" / "mini_carft.py")
 CPU = torch.device("cpu")
 
 

@@ -562,9 +562,9 @@ def test_a_study_is_read_with_the_images_of_its_sets(tmp_path):
     assert np.array_equal(spec.images["id_val"], spec.images["shifted"])
     alone = crossed({"a": chosen["zero_shot"]["id_val"]}, {"a": 1.0})
     assert objective_interval(spec, chosen["zero_shot"]).ends == pytest.approx(alone.ends)
-    side = SimpleNamespace(recipe=recipe, predictions=lambda: table, result={"alpha": 0.0})
+    side = SimpleNamespace(recipe=recipe, result={"alpha": 0.0})
     pairs = dict.fromkeys(("id_val", "shifted"), (right, ~right))
-    found = results_compare._intervals(side, side, pairs, {})
+    found = results_compare._intervals(side, side, table, pairs, {})
     assert found["objective"].ends == pytest.approx(found["id_accuracy"].ends)
 
 

@@ -45,8 +45,9 @@ def compare(a: str, b: str) -> dict[str, Any]:
     recipes = [single(alone(each.recipe)).model_dump(mode="json") for each in (first, second)]  # not of their searches
     for recipe in recipes:
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in CACHE_KEYS}
-    pairs, reasons = _pairs(first, second)
-    found = _intervals(first, second, pairs, reasons)
+    tables = (first.predictions(), second.predictions())
+    pairs, reasons = _pairs(first, second, tables)
+    found = _intervals(first, second, tables[0], pairs, reasons)
     left, right = _values(first), _values(second)
     rows = []
     for what in {**left, **right}:
@@ -102,9 +103,10 @@ def _values(finished: Finished) -> dict[str, float]:
     return {name: metrics[name] for name in names if name in metrics}
 
 
-def _pairs(a: Finished, b: Finished) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
+def _pairs(
+    a: Finished, b: Finished, tables: tuple[pa.Table, pa.Table]
+) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
     """Returns per set which images each classifies right, bool [N] twice, and why a set cannot be compared."""
-    tables = (a.predictions(), b.predictions())
     pairs, reasons = {}, {}
     sets = [(ID_SET, *each.recipe.data.ood_val) for each in (a, b)]
     for name in dict.fromkeys([*sets[0], *sets[1]]):
@@ -132,12 +134,11 @@ def _images(table: pa.Table, name: str, alpha: float) -> pa.Table:
 
 
 def _intervals(
-    a: Finished, b: Finished, pairs: Mapping[str, tuple[Any, Any]], reasons: dict[str, str]
+    a: Finished, b: Finished, table: pa.Table, pairs: Mapping[str, tuple[Any, Any]], reasons: dict[str, str]
 ) -> dict[str, Interval]:
     """Returns the paired interval of every number that can be compared; adds why the others cannot."""
     specs = [objective_spec(each.recipe) for each in (a, b)]
-    table, alpha = a.predictions(), float(a.result["alpha"])
-    ids = {name: sample_ids(table, name, alpha) for name in specs[0].sets if name in pairs}
+    ids = {name: sample_ids(table, name, float(a.result["alpha"])) for name in specs[0].sets if name in pairs}
     specs[0] = with_images(specs[0], a.recipe, ids)
     left, right = ({name: pair[side][None] for name, pair in pairs.items()} for side in (0, 1))
     found = {WHAT.get(name, f"accuracy/{name}"): gap for name, gap in gaps_between(specs[0], left, right).items()}

@@ -158,24 +158,24 @@ def summarise(
     alone = {name: ~np.isin(own, _shared_ids(shared, name)) for name, own in ids.items()}
     some_shared = not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values())
 
-    def on_images(
-        rows: Sequence[Mapping[str, Any]], subject: Subject, kept: Mapping[str, BoolArray | slice], label: str = ""
-    ) -> dict[str, Any]:
+    def measured(rows: Sequence[Mapping[str, Any]], subject: Subject) -> dict[str, Any]:
         correct = {}
         for row in rows:
             found = [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)]
-            correct[row["name"]] = {name: correct_matrix(found, name)[:, mask] for name, mask in kept.items()}
+            correct[row["name"]] = {name: correct_matrix(found, name) for name in spec.sets}
         facts = [{**row, "seeds": len(row["runs"]), "validation_objective": row["objective"]} for row in rows]
-        images = with_images(spec, recipe, {name: own[kept[name]] for name, own in ids.items()})
         margin, seeds, lacks = recipe.search.objective.id_margin, compared["seeds"], compared.get("missing", ())
-        return compare("test", subject, images, facts, correct, margin, seeds, label=label, baselines=lacks)
 
-    def measured(rows: Sequence[Mapping[str, Any]], subject: Subject) -> dict[str, Any]:
+        def on_images(kept: Mapping[str, BoolArray | slice], label: str = "") -> dict[str, Any]:
+            images = with_images(spec, recipe, {name: own[kept[name]] for name, own in ids.items()})
+            fewer = {row: {name: x[:, kept[name]] for name, x in sets.items()} for row, sets in correct.items()}
+            return compare("test", subject, images, facts, fewer, margin, seeds, label=label, baselines=lacks)
+
         without = None
         if some_shared:
-            without = on_images(rows, subject, alone, "test sets without images that are in other roles")
+            without = on_images(alone, "test sets without images that are in other roles")
             without["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
-        return {**on_images(rows, subject, whole), "without_shared_images": without}
+        return {**on_images(whole), "without_shared_images": without}
 
     return {
         **record,
