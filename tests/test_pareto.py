@@ -19,7 +19,7 @@ from study_steps import finish, optuna_study, searching
 from carft_ray.launch.command import SearchResult
 from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.results.confirmation import cost, first_stage, fix, last_stage, plan, second_stage, summarise, write_plan
+from carft_ray.results.confirmation import summarise
 from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.status_and_ls import status
@@ -29,6 +29,7 @@ from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import study_summary
+from carft_ray.results.stages import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.study.attributes import TRAINING_OF
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.journal import trial_name

@@ -24,7 +24,7 @@ from carft_ray.errors import StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import read_plan
+from carft_ray.results.stages import read_plan
 from carft_ray.study import ledger, records
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, STUDIES, fetched
@@ -139,9 +139,10 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir):
     row = {"name": "x", "role": "winner", "training": place, "alpha": 1.0, "values": {}, "objective": 1}
     content = {"winner": "x", "seeds": [1], "rows": [row]}
     (study_dir / "confirm").mkdir()
-    for change in ({}, {"rows": [{**row, "training": "t0"}], "seeds": ["/../../../victim/run1"]}):
+    in_a_seed = {"rows": [{**row, "training": "t0"}], "seeds": ["/../../../victim/run1"]}
+    for change, words in (({}, "a training must have a name"), (in_a_seed, "seeds.0: input should be a valid integer")):
         (study_dir / "confirm" / "plan.json").write_text(json.dumps({"first": {**content, **change}, "second": None}))
-        with pytest.raises(StorageError, match=r"plan.json: a training must have a name .*victim/run1"):
+        with pytest.raises(StorageError, match=f"plan.json: .*{words}.*victim/run1"):
             read_plan(study_dir)
 
 

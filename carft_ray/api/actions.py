@@ -46,7 +46,7 @@ from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.runtime import Runner
-    from carft_ray.results.confirmation import Stage
+    from carft_ray.results.stages import Stage
 
 Trainer = Callable[..., Any]
 
@@ -241,20 +241,20 @@ def confirm(
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.command import Plan, run_confirm
-    from carft_ray.results import confirmation
+    from carft_ray.results import stages
     from carft_ray.results.confirmation import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with _sending(recipe, study_dir, notify_url) as sent:
-        first, notes = confirmation.plan(view, top, seeds, others, ablation)
+        first, notes = stages.plan(view, top, seeds, others, ablation)
         second: Stage | None = None
         for note in notes:
             logger.warning("%s", note)
 
         def train_stage(end: Callable[[], Any]) -> Any:
             stage = second or first
-            say(confirmation.cost(study_view.read_study(study_dir), stage))
+            say(stages.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
                 plan = Plan(
@@ -263,14 +263,14 @@ def confirm(
                     address,
                     sent(shown),
                     runner,
-                    given=lambda held: confirmation.fix(held, recipe, first, second, others),
+                    given=lambda held: stages.fix(held, recipe, first, second, others),
                     resume_command=resume_command,
                 )
                 return run_confirm(plan, end)
 
         if winner == "confirmed":
             chosen = train_stage(lambda: choose(study_dir, objective_spec(recipe), first))
-            second = confirmation.second_stage(first, chosen, recipe)
+            second = stages.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
         summary = train_stage(lambda: summarise(study_dir, recipe, first, second))
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]

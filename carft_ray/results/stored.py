@@ -20,8 +20,9 @@ from carft_ray.evaluation.predictions import (
 )
 from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import TRIALS, read_plan, row_correct, whole_rows
+from carft_ray.results.confirmation import row_correct
 from carft_ray.results.evidence import LABELS, Subject, compare, judged
+from carft_ray.results.stages import TRIALS, read_plan, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, confirmations

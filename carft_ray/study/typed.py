@@ -3,16 +3,19 @@
 What is not named here is passed on as it is: ``files.read_json`` has left nothing in it that cannot be computed with.
 """
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.untrusted import visible
 
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 Content = TypeVar("Content")
+Made = TypeVar("Made")
 
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -22,12 +25,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as in a recipe
 Metrics = dict[str, Number]
 Words = Annotated[str, Field(max_length=2**20)]
 _STEP = "Restore it from a copy, or take the study from a source that you trust; carft-ray has not written this."
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class _Strict(BaseModel):
     """A number is no text, and a text no number."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = _STRICT
 
 
 class Before(_Strict):
@@ -230,35 +234,6 @@ class Prepared(_Strict):
     metrics: Metrics
 
 
-class PlanRow(_Strict):
-    """A configuration in ``confirm/plan.json`` (``results.confirmation``)."""
-
-    name: Words
-    role: Words
-    training: Words | None
-    alpha: Share
-    values: dict[str, Any]
-    objective: Number
-    chosen_from: Count = 1
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Stage(_Strict):
-    """One stage of it."""
-
-    winner: Words
-    seeds: Annotated[list[Seed | Words], Field(min_length=1)]  # a text becomes part of a name, which is checked
-    rows: list[PlanRow]
-
-
-class Plan(_Strict):
-    """``confirm/plan.json``."""
-
-    first: Stage
-    second: Stage | None
-
-
 Ends = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
@@ -398,13 +373,37 @@ def checked(kind: type[BaseModel], value: Content, place: str) -> Content:
     Raises:
         StorageError: It is not; names the first key at fault.
     """
-    try:
+    with _one_message(place):
         kind.model_validate(value)
+    return value
+
+
+def made(kind: type[Made], value: Any, place: str) -> Made:
+    """Returns a dataclass, whose fields have the types of this module, with what was read.
+
+    Args:
+        kind: The dataclass. No field is of another type than written, and there are no others.
+        value: What was read, as JSON holds it.
+        place: The file, for the message.
+
+    Raises:
+        StorageError: It is none; names the first key at fault.
+    """
+    with _one_message(place):
+        found: Made = TypeAdapter(with_config(_STRICT | ConfigDict(extra="forbid"))(kind)).validate_json(
+            json.dumps(value)
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _one_message(place: str) -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(map(str, first["loc"])) or "the content"
         raise wrong(place, f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}", first["input"]) from None
-    return value
 
 
 def check_accuracies(metrics: Mapping[str, float], place: str) -> None:
