@@ -31,7 +31,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.figure import INK
 from carft_ray.results.stages import read_plan
 from carft_ray.study.front import non_dominated
-from carft_ray.study.rows import rows_by_kind, trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of
 from carft_ray.ui import console
 
@@ -184,7 +184,7 @@ def equal_id(studies: Mapping[str, Path]) -> tuple[dict[str, list[Pair]], list[f
     """Returns the front of each search by method, the ID accuracies of ``LEVELS``, and the OOD accuracies there."""
     fronts: dict[str, list[Pair]] = {}
     for name, study in studies.items():
-        curves = [result_of(study, row)["curve"] for row in trials(study) if row.outcome == "complete"]
+        curves = [result_of(study, row)["curve"] for row in snapshot(study).trials if row.outcome == "complete"]
         points = [(point["id_accuracy"], point["ood_accuracy"]) for curve in curves for point in curve]
         start = points[0][0]  # at alpha 0, the same in all studies
         fronts[name] = [points[index] for index in non_dominated(points)]
@@ -223,7 +223,7 @@ def _name(row: Mapping[str, Any], first: str) -> str:
 
 def _cost(studies: Iterable[Path]) -> dict[str, Any]:
     """Returns the commits of all trainings, those with fresh seeds included, how many there are, and their hours."""
-    rows = [(study, row) for study in studies for found in rows_by_kind(study).values() for row in found]
+    rows = [(study, row) for study in studies for row in snapshot(study).rows]
     rows = [(study, row) for study, row in rows if row.outcome == "complete" and row.alpha]
     commits = sorted({result_of(study, row)["environment"]["commit"] for study, row in rows})
     hours = sum(row.elapsed_s or 0.0 for _, row in rows) / 3600

@@ -35,7 +35,7 @@ from carft_ray.store.attempt_files import write_result
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.study import Study
 from carft_ray.study.training import TrialSpec
 from carft_ray.training.run_context import RunContext
@@ -228,7 +228,7 @@ def study_cost(
     """
     fill(study_dir, num_trials)
     log_mb = sum(path.stat().st_size for path in (study_dir / COMMITS).iterdir()) / 1e6
-    replays = [_seconds(lambda: rows_by_kind(study_dir)) for _ in range(3)]
+    replays = [_seconds(lambda: snapshot(study_dir)) for _ in range(3)]
     commands_s = {name: _command_s(words, study_dir) for name, words in commands.items()}
     recipe = recipe_of(num_trials + num_asked)
     asked, settled = [], []

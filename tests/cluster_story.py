@@ -21,7 +21,7 @@ import killed_searches as searches
 import short_training
 
 import cluster
-from carft_ray.study.rows import baselines
+from carft_ray.study.snapshot import snapshot
 
 NUM_TRIALS, EPOCHS = 10, 160  # more than end meanwhile on a busy machine
 DEADLINE_S = 20
@@ -125,7 +125,7 @@ def story(folder, executor="inline"):
 def check(study_dir, before):
     """Raises when a trial is missing, was trained twice or lost what it had ``before``."""
     rows = searches.whole_trials(study_dir, NUM_TRIALS)
-    assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
+    assert {row.outcome for row in rows + snapshot(study_dir).baselines} == {"complete"}, rows
     now = searches.results(study_dir)
     assert {name for name, content in before.items() if now[name] != content} == set()
     continued = 0

@@ -36,9 +36,8 @@ from carft_ray.results import figure
 from carft_ray.store.copy import NUMBERS
 from carft_ray.study import uploads
 from carft_ray.study.holding import is_study
-from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import fetched
-from carft_ray.study.rows import baselines, confirmations, trials
+from carft_ray.study.snapshot import snapshot
 
 EPOCHS = 3
 SEARCH = {
@@ -79,9 +78,9 @@ def told(study_dir):
     """Returns all trainings and the ledger as JSON holds them, without times and attempts."""
     if not is_study(study_dir):
         return []
-    rows = [*trials(study_dir), *baselines(study_dir), *confirmations(study_dir)]
-    found = [[row.kind, row.number, row.name, row.values, row.outcome, row.reason, row.objective] for row in rows]
-    return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in read_ledger(study_dir)]))
+    study = snapshot(study_dir)
+    found = [[row.kind, row.number, row.name, row.values, row.outcome, row.reason, row.objective] for row in study.rows]
+    return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in study.ledger]))
 
 
 def half_written(study_dir):

@@ -9,12 +9,12 @@ from carft_ray.layout import MANIFEST, RESULT
 from carft_ray.store.attempt_files import read_result, sha256
 from carft_ray.store.log import log_of
 from carft_ray.study import ledger, records
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.snapshot import snapshot
 
 
 def record(study_dir):
     """Writes hashes of what lies in the folders of a study into its results, and those of the results into its log."""
-    for row in [row for rows in rows_by_kind(study_dir).values() for row in rows if row.digest]:
+    for row in [row for row in snapshot(study_dir).rows if row.digest]:
         place = row.place(study_dir)
         content = json.loads((place / RESULT).read_text())
         for name, kept in content["files"].items():

@@ -26,7 +26,7 @@ import stand_in
 from bucket_server import bucket_server
 
 from carft_ray.study.holding import is_study
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.snapshot import snapshot
 from cluster import LATER_LOST, head
 
 LOADED = {"num_workers": 1, "cpus_per_worker": 0.25, "hang_timeout_s": 10}  # with eight, steps of all fates take longer
@@ -136,7 +136,7 @@ def main(what, seed):
                 stand_in.tell(Path(folder), seconds=0.5)
                 kill(Path(folder), times, rng)
                 studies = [path for path in Path(folder).iterdir() if is_study(path) and path.name != "calm"]
-                found = [row for study in studies for kind in rows_by_kind(study).values() for row in kind]
+                found = [row for study in studies for row in snapshot(study).rows]
                 trained = [row for row in found if row.name != "zero_shot"]
                 again = sum(row.attempt - 1 for row in trained)
                 seconds = f"{time.monotonic() - began:.0f}"

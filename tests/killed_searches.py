@@ -18,10 +18,9 @@ import stand_in
 from logs import commits, operations
 
 from carft_ray.study.holding import is_study
-from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import pull
-from carft_ray.study.rows import baselines, confirmations, log_and_rows, trials
 from carft_ray.study.running import begun, running_since
+from carft_ray.study.snapshot import snapshot
 from cluster import TIMEOUT_S, asked, environment, head, node, of_session, wait_until
 
 HERE = Path(__file__).parent
@@ -136,8 +135,8 @@ def check(study_dir, num_trials, before=None):
     """Raises when a finished study is not what it would be had nothing disturbed it; ``before``: earlier results."""
     rows = whole_trials(study_dir, num_trials)
     assert len({row.name for row in rows}) == num_trials
-    assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
-    assert sorted(row.name for row in baselines(study_dir)) == ["plain", "zero_shot"]
+    assert {row.outcome for row in rows + snapshot(study_dir).baselines} == {"complete"}, rows
+    assert sorted(row.name for row in snapshot(study_dir).baselines) == ["plain", "zero_shot"]
     now = results(study_dir)
     assert now.keys() == {row.name for row in rows} | {"plain"}
     for row in rows:
@@ -160,7 +159,7 @@ def undisturbed(study_dir, num_trials):
 
 def check_numbers(study_dir, calm):
     """Raises when a study has other trainings than an undisturbed one, or a bit of one of them is another."""
-    found, wanted = ({row.name: (study, row) for row in trials(study)} for study in (study_dir, calm))
+    found, wanted = ({row.name: (study, row) for row in snapshot(study).trials} for study in (study_dir, calm))
     assert found.keys() == wanted.keys()
     for name, pair in found.items():
         check_same(pair, wanted[name])
@@ -182,7 +181,7 @@ def check_same(*pairs):
 
 def whole_trials(study_dir, num_trials):
     """Returns the trials of a study that has ended; raises when one is missing, was told twice or is half written."""
-    rows = trials(study_dir)
+    rows = snapshot(study_dir).trials
     assert [row.number for row in rows] == list(range(num_trials)), rows
     check_told_once(study_dir)
     assert list(study_dir.rglob("*.tmp")) == []
@@ -233,7 +232,10 @@ def kill_workers(folder, num_kills, rng, num_trials=1, **resources):
     search = {**STRUCK, **EIGHT["search"], "space": space, "enqueue": []}
     process = driver(study_dir, num_trials, "ray-train", search=search, training="struck", **resources)
     finished(process, TIMEOUT_S + 60 * num_kills)
-    rows, calm = whole_trials(study_dir, num_trials), next(row for row in baselines(study_dir) if row.name == "calm")
+    rows, calm = (
+        whole_trials(study_dir, num_trials),
+        next(row for row in snapshot(study_dir).baselines if row.name == "calm"),
+    )
     left = sorted((folder / "base" / "strikes").rglob("*.json"))
     assert left == [], f"planned, but not met: {left}"
     assert {row.outcome for row in (*rows, calm)} == {"complete"}, rows
@@ -301,9 +303,10 @@ def running_processes(study_dir):
     """Returns the trainings that run, each with the process of its first rank."""
     if not is_study(study_dir):  # it has not begun
         return []
-    log, rows = log_and_rows(study_dir)
-    known, since = begun(log), running_since(log, [row for group in rows.values() for row in group])
-    running = [row for group in rows.values() for row in group if (row.kind, row.name) in since]
+    study = snapshot(study_dir)
+    log, rows = study.log, study.rows
+    known, since = begun(log), running_since(log, rows)
+    running = [row for row in rows if (row.kind, row.name) in since]
     return [(row.training, known[row.training, row.attempt][1]["process"]) for row in running]
 
 
@@ -399,7 +402,7 @@ def set_one_aside(executor, study_dir, num_trials=4, **more):
     stand_in.tell(study_dir.parent, seconds=0.05, **{"1": "die"})
     code, output = finish(driver(study_dir, num_trials, executor, **more))
     assert code == 5, output
-    rows = trials(study_dir)
+    rows = snapshot(study_dir).trials
     assert [row.number for row in rows if row.outcome != "complete"] == [1], output
     assert [row.number for row in rows if row.set_aside] == [1]
     assert f"{rows[1].name}: is set aside: {rows[1].reason}" in output
@@ -434,7 +437,7 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
         (study_dir.parent / "base" / "hold").unlink()
         output = finished(process, TIMEOUT_S + 10 * num_trials)
         check(study_dir, num_trials)
-        again = sum(row.attempt - 1 for row in trials(study_dir) + baselines(study_dir))
+        again = sum(row.attempt - 1 for row in snapshot(study_dir).trials + snapshot(study_dir).baselines)
         assert again == at_a_time, output
         wait_for_no_groups(*first.reached)
 
@@ -474,9 +477,9 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     assert len(confirmed(killed)) == 2 * (top + 1)
     summaries = [json.loads((study / "confirm" / "summary.json").read_text()) for study in (calm, killed)]
     assert summaries[0] == summaries[1]
-    assert {row.outcome for row in confirmations(killed)} == {"complete"}
-    assert len(confirmations(killed)) == 2 * (top + 1)
-    assert [entry.purpose for entry in read_ledger(killed)] == ["winner fixed"]
+    assert {row.outcome for row in snapshot(killed).confirmations} == {"complete"}
+    assert len(snapshot(killed).confirmations) == 2 * (top + 1)
+    assert [entry.purpose for entry in snapshot(killed).ledger] == ["winner fixed"]
     assert list(killed.rglob("*.tmp")) == []
 
 
@@ -525,7 +528,7 @@ def kill_at_random(study_dir, num_trials, numbers, rng, **more):
         executor, last = moment(number)
         delay_s = kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
         if is_study(study_dir):
-            trials(study_dir)
+            snapshot(study_dir)
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now

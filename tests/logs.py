@@ -9,10 +9,11 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log
 from carft_ray.store.process import identity
 from carft_ray.study.holding import check_fit, held
-from carft_ray.study.ledger import read_ledger, record
+from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import recipe_record
 from carft_ray.study.records import STOPPING
+from carft_ray.study.snapshot import snapshot
 
 
 @contextlib.contextmanager
@@ -44,9 +45,9 @@ def write_line(study_dir, recipe, purpose="test", **words):
 
 def goes_on(study_dir, recipe, reason, change_space=False):
     """Opens a study for a search that may need a reason; returns whether the ledger has a new line for it."""
-    before = len(read_ledger(study_dir)) if study_dir.exists() else 0
+    before = len(snapshot(study_dir).ledger) if study_dir.exists() else 0
     with open_study(study_dir, recipe, change_space, is_search=True, again=reason):
-        return len(read_ledger(study_dir)) > before
+        return len(snapshot(study_dir).ledger) > before
 
 
 def forget_line(study_dir, number):

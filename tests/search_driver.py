@@ -41,7 +41,7 @@ def main(study_dir, trials, resources="{}", address="", search="{}", training="s
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code
-    print("best", result.best.name, "new", result.num_new, flush=True)
+    print("best", result.study.best.name, "new", result.num_new, flush=True)
     return 0
 
 

@@ -17,7 +17,7 @@ from carft_ray.errors import DataError, DivergedError, InterruptedRunError
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.attempt_files import write_result
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import TrialSpec
 
 SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
@@ -123,7 +123,11 @@ def stop(modes):
 
 def is_noted(out_dir, number):
     """Tells whether the study has as many intermediate values of a trial."""
-    return any(len(row.intermediate_values) >= number for row in trials(out_dir.parents[1]) if row.name == out_dir.name)
+    return any(
+        len(row.intermediate_values) >= number
+        for row in snapshot(out_dir.parents[1]).trials
+        if row.name == out_dir.name
+    )
 
 
 def save(out_dir, attempt, epoch):

@@ -9,7 +9,7 @@ from carft_ray.store import attempt_files
 from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import Failure
 
 
@@ -59,7 +59,7 @@ def told(study_dir):
     """All that a study tells of its trials and baselines, without times and attempts."""
     return [
         (row.kind, row.name, row.values, row.outcome, row.reason, row.objective, row.alpha, row.intermediate_values)
-        for row in trials(study_dir) + baselines(study_dir)
+        for row in snapshot(study_dir).trials + snapshot(study_dir).baselines
     ]
 
 

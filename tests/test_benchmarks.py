@@ -40,7 +40,7 @@ from carft_ray.data.sets import list_set
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.data import FolderSet
 from carft_ray.study.journal import trial_name
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training.loop import same_attention
 
 
@@ -165,14 +165,14 @@ def test_searches_are_compared_at_equal_id_accuracies(tmp_path):
 def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     """One real trial, then copies of its lines: all are read, all have folders, and the sampler takes them."""
     speed_engine.fill(tmp_path / "study", 6)
-    rows = trials(tmp_path / "study")
+    rows = snapshot(tmp_path / "study").trials
     assert [(row.number, row.outcome) for row in rows] == [(number, "complete") for number in range(6)]
     assert len({row.values["learning_rate"] for row in rows}) == 6
     assert [row.name for row in rows] == [trial_name(row.number, row.values) for row in rows]
     assert [row.objective for row in rows] == [speed_engine.objective_of(row.values["learning_rate"]) for row in rows]
     assert {path.name for path in tmp_path.glob("study/trials/*")} == {row.name for row in rows}
     cost = speed_engine.study_cost(tmp_path / "other", 6, num_asked=2, commands={})
-    assert [row.outcome for row in trials(tmp_path / "other")] == ["complete"] * 8
+    assert [row.outcome for row in snapshot(tmp_path / "other").trials] == ["complete"] * 8
     assert min(cost.log_mb, cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
     cost = speed_engine.driver_cost(tmp_path / "driver", num_finished=3, num_live=4, num_reports=5, num_seconds=1)
     assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0

@@ -22,7 +22,8 @@ from carft_ray.study.best import Retention
 from carft_ray.study.front import FrontRule, best_point, front_of, front_rule, knee, lexicographic, non_dominated, stand
 from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import baselines, best_first, best_row, trials
+from carft_ray.study.rows import best_first, best_row
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import TrialRow
 
 
@@ -193,7 +194,11 @@ def in_file(study_dir):
 
 def with_file(study_dir, name):
     """Names of the trainings that have a file."""
-    return {row.name for row in trials(study_dir) + baselines(study_dir) if (row.place(study_dir) / name).exists()}
+    return {
+        row.name
+        for row in snapshot(study_dir).trials + snapshot(study_dir).baselines
+        if (row.place(study_dir) / name).exists()
+    }
 
 
 @pytest.mark.parametrize("left", ["nothing", "the one before"])
@@ -253,7 +258,7 @@ def test_the_figure_is_drawn_however_a_search_ends_unless_it_cannot_be_written_o
         curve_stand_in.run_all(study)
     (study_dir / BEST).unlink()
     result = run_search(Plan(recipe, study_dir, around=figure_at_the_end))  # nothing is left to do
-    assert in_file(study_dir) == (result.best.name, result.best.alpha)
+    assert in_file(study_dir) == (result.study.best.name, result.study.best.alpha)
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
     for error in (ValueError("a bug"), KeyboardInterrupt()):
         (study_dir / FIGURE_PNG).unlink()

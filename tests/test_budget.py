@@ -27,8 +27,8 @@ from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.study.holding import stopping
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
-from carft_ray.study.rows import trials
 from carft_ray.study.running import started
+from carft_ray.study.snapshot import snapshot
 
 HOUR, GPU_HOUR = BudgetConfig(wall_time=3600), BudgetConfig(gpu_hours=1)
 
@@ -169,16 +169,18 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     result = run_search(Plan(budgeted, study_dir, None, used, runner, around=figure_at_the_end))
     assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert (study_dir / "figure.png").exists()
-    finished = [row for row in result.trials if row.outcome == "complete"]
+    finished = [row for row in result.study.trials if row.outcome == "complete"]
     assert 1 <= len(finished) <= 2
     assert all(row.spent_s > 0 for row in finished)
     assert call(["status", study_dir]) == 0
     assert f"The last search ended early: {result.out_of_budget}." in capsys.readouterr().out
-    fewer = budgeted.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials) + 1})})
+    fewer = budgeted.model_copy(
+        update={"search": recipe.search.model_copy(update={"trials": len(result.study.trials) + 1})}
+    )
     ahead[0] = 0
     again = run_search(Plan(fewer, study_dir, None, used, runner))
     assert again.out_of_budget == ""  # it was used up when the last trial had ended
-    assert {row.outcome for row in trials(study_dir)} == {"complete"}
+    assert {row.outcome for row in snapshot(study_dir).trials} == {"complete"}
     assert not (study_dir / "stop").exists()
 
 

@@ -20,12 +20,12 @@ from carft_ray.results import stages
 from carft_ray.results.confirmation import chosen_from_lines
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.ledger import read_ledger
+from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.recovery import recover_given
-from carft_ray.study.rows import confirmations, trials
 from carft_ray.study.running import started
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.ui.live import SearchView
 from carft_ray.ui.progress import search_shown
@@ -208,17 +208,20 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this also counts for this study"]
     for _ in range(2):  # the same command again
         fixed(view, first, against=[other])
-        assert len(read_ledger(view.study_dir)) == 1
-    assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
+        assert len(snapshot(view.study_dir).ledger) == 1
+    assert (
+        inherited_reads(view.study_dir, log_of(view.study_dir)),
+        num_test_reads(view.study_dir, log_of(view.study_dir)),
+    ) == (2, 2)
     fixed(view, first)  # without it, what was compared stays known
-    assert num_test_reads(view.study_dir) == 2
+    assert num_test_reads(view.study_dir, log_of(view.study_dir)) == 2
     third = stages.plan(make_study(tmp_path / "third"), 1, 2, [view])
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this also counts for this study"]
 
 
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
     study_dir, stage = view.study_dir, stages.first_stage(view, 2, 2)
-    trainings, before = stage.trainings(), trials(study_dir)
+    trainings, before = stage.trainings(), snapshot(study_dir).trials
     short_sealed.confirm(study_dir, trainings, stand_in.train, num_attempts=2)
     cost = stages.cost(read_study(study_dir), stage)
     assert cost.startswith("4 configurations x 2 fresh seeds: 6 trainings to run of about ")
@@ -228,8 +231,8 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []
     assert stages.cost(read_study(study_dir), stage) == "All 8 trainings with fresh seeds already exist."
-    assert trials(study_dir) == before
-    rows = {row.name: row for row in confirmations(study_dir)}
+    assert snapshot(study_dir).trials == before
+    rows = {row.name: row for row in snapshot(study_dir).confirmations}
     assert {name: row.values for name, row in rows.items()} == trainings
     assert {name: row.attempt for name, row in rows.items()} == {**dict.fromkeys(trainings, 1), spec.name: 2}
     assert all((rows[name].place(study_dir) / "fine_tuned.safetensors").exists() for name in trainings)
@@ -240,9 +243,9 @@ def test_a_confirm_that_runs_in_another_way_leaves_the_study_the_recipe_of_its_s
     recipe, before = view.recipe.model_copy(update={"resources": debug}), (view.study_dir / "resolved.yaml").read_text()
     trainings = {"plain-seed7": {"kl_weight": 0, "alpha": 0.5, "seed": 7}}
     runner = Runner(stand_in.prepare, stand_in.train)
-    run_confirm(Plan(recipe, view.study_dir, runner=runner, given=lambda study: trainings), lambda: None)
-    assert [(row.name, row.outcome) for row in confirmations(view.study_dir)] == [("plain-seed7", "complete")]
-    assert study_recipe(view.study_dir) == view.recipe != recipe
+    run_confirm(Plan(recipe, view.study_dir, runner=runner, given=lambda study: trainings), lambda study: None)
+    assert [(row.name, row.outcome) for row in snapshot(view.study_dir).confirmations] == [("plain-seed7", "complete")]
+    assert study_recipe(view.study_dir, log_of(view.study_dir)) == view.recipe != recipe
     assert (view.study_dir / "resolved.yaml").read_text() == before
 
 
@@ -273,7 +276,7 @@ def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     with searching(view.study_dir, recipe) as study:
         waiting = study.next()
     short_sealed.confirm(view.study_dir, trainings, stand_in.train, num_attempts=1)
-    assert trials(view.study_dir)[waiting.number].outcome == "running"
+    assert snapshot(view.study_dir).trials[waiting.number].outcome == "running"
     with searching(view.study_dir, recipe) as study:
         assert study.next().name == waiting.name
         new = study.next()

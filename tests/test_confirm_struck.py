@@ -15,9 +15,8 @@ import verbs_host
 from bucket_server import bucket_server, copied
 from debug_search import half_written
 
-from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import pull
-from carft_ray.study.rows import confirmations
+from carft_ray.study.snapshot import snapshot
 
 pytestmark = pytest.mark.whole  # some 250 kills, of which each day has a tenth
 
@@ -76,8 +75,8 @@ def host(request, tmp_path_factory):
 
 def told(study_dir):
     """Returns what a confirm has left, without times and attempts."""
-    rows = [[row.name, row.values, row.outcome, row.objective, row.alpha] for row in confirmations(study_dir)]
-    entries = [[each.purpose, each.details] for each in read_ledger(study_dir)]
+    rows = [[row.name, row.values, row.outcome, row.objective, row.alpha] for row in snapshot(study_dir).confirmations]
+    entries = [[each.purpose, each.details] for each in snapshot(study_dir).ledger]
     return rows, entries, json.loads((study_dir / "confirm" / "summary.json").read_text())
 
 
@@ -88,12 +87,15 @@ def check(host, name, place, answer):
     study_dir = place / "study"
     assert told(study_dir) == told(host.calm / "study"), name
     assert half_written(study_dir) == [], name
-    trained, names = Counter((place / "trained").read_text().split()), {row.name for row in confirmations(study_dir)}
+    trained, names = (
+        Counter((place / "trained").read_text().split()),
+        {row.name for row in snapshot(study_dir).confirmations},
+    )
     # what had ended, but was not in the bucket yet, another machine trains again
     assert sum(trained.values()) - len(trained) <= (host.server is not None), name
     assert trained.keys() <= names, name
     assert len(names - trained.keys()) <= 1, name  # killed between its result and its note
-    assert sum(row.attempt - 1 for row in confirmations(study_dir)) <= 1, name
+    assert sum(row.attempt - 1 for row in snapshot(study_dir).confirmations) <= 1, name
 
 
 @pytest.mark.timeout(5400)  # `make crash-points` kills around each write, on a slow and busy machine too

@@ -27,7 +27,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import log_of
 from carft_ray.study.holding import stopping
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.ui import console
 from carft_ray.ui.progress import search_shown
 
@@ -108,7 +108,11 @@ def test_all_events_of_a_search_come_and_a_trial_that_raises_is_a_verdict_after_
     events = []
     result = run_search(Plan(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN))
     assert not ray.is_initialized()
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 2)]
+    assert [(row.outcome, row.attempt) for row in result.study.trials] == [
+        ("complete", 1),
+        ("error", 2),
+        ("complete", 2),
+    ]
     assert any("another attempt: no memory was left on its machine: MemoryError" in event.line() for event in events)
     assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
@@ -127,8 +131,8 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
         run_search(Plan(recipe, tmp_path / "study", None, on_event, STAND_IN))
     stand_in.tell(tmp_path)
     result = run_search(Plan(recipe, tmp_path / "study", runner=STAND_IN))
-    assert [row.outcome for row in result.trials] == ["complete"] * 2
-    assert result.trials[0].attempt == 2
+    assert [row.outcome for row in result.study.trials] == ["complete"] * 2
+    assert result.study.trials[0].attempt == 2
 
 
 def test_a_stop_that_comes_when_all_trainings_have_finished_ends_nothing(tmp_path):
@@ -137,7 +141,7 @@ def test_a_stop_that_comes_when_all_trainings_have_finished_ends_nothing(tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
 
     result = run_search(Plan(stand_in.make_recipe(2, **DEBUG), tmp_path / "study", None, on_event, STAND_IN))
-    assert [row.outcome for row in result.trials] == ["complete"] * 2
+    assert [row.outcome for row in result.study.trials] == ["complete"] * 2
     assert not (tmp_path / "study" / STOP).exists()
 
 
@@ -207,7 +211,7 @@ def test_a_signal_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.undo()
     stand_in.tell(tmp_path)
     result = run_search(Plan(recipe, tmp_path / "study", runner=STAND_IN))
-    assert [row.outcome for row in result.trials] == ["complete"] * 2
+    assert [row.outcome for row in result.study.trials] == ["complete"] * 2
 
 
 def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):
@@ -229,4 +233,4 @@ def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
     result, _ = train_once(Plan(recipe, tmp_path / "run", None, lambda event: said.append(event.line()), STAND_IN))
     assert "training with 2 Ray Train workers" in said
     assert result["metrics"]["ranks"] == 1 + 2
-    assert [row.attempt for row in trials(tmp_path / "run")] == [2]
+    assert [row.attempt for row in snapshot(tmp_path / "run").trials] == [2]

@@ -24,7 +24,7 @@ from carft_ray.store.log import log_of
 from carft_ray.study.best import Retention
 from carft_ray.study.ledger import fixed_trials, read_ledger, reads_of
 from carft_ray.study.place import fetched
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")]
@@ -73,13 +73,13 @@ def searched(request, tmp_path, monkeypatch):
 
 
 def model_of(study_dir):
-    return delivered(study_dir, rows_by_kind(study_dir))
+    return delivered(snapshot(study_dir))
 
 
 def sha256(study, model):
     """Of the file in the study."""
     folder = fetched(study, 3)
-    row = next(row for rows in rows_by_kind(folder).values() for row in rows if row.training == model["runs"][0])
+    row = next(row for row in snapshot(folder).rows if row.training == model["runs"][0])
     return hashlib.sha256((row.place(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -93,7 +93,7 @@ def test_the_exported_model_is_the_tested_one_of_the_ledger(searched, run, tmp_p
     code, out, err = run("test", study, "--json", "--trust-paths")
     assert code == 0, err
     summary = json.loads(out)
-    [entry] = reads_of(read_ledger(fetched(study)))
+    [entry] = reads_of(read_ledger(fetched(study), log_of(fetched(study))))
     fixed, measured = entry.details["models"][0], summary["model"]["rows"][0]
     third = carft_ray.export(study, "tested")
     assert (third.standing, third.trial, third.alpha) == ("tested", fixed["trial"], fixed["alpha"])
@@ -119,12 +119,12 @@ def confirmed(tmp_path_factory, tmp_path, monkeypatch):
 
 
 def test_each_model_is_the_best_of_its_own_trainings_on_validation(confirmed):
-    rows, stages = rows_by_kind(confirmed), read_plan(confirmed)
-    models = {model["role"]: model for model in models_of_confirm(confirmed, rows, *stages) if model["runs"]}
+    study, stages = snapshot(confirmed), read_plan(confirmed)
+    models = {model["role"]: model for model in models_of_confirm(study, *stages) if model["runs"]}
     for row in stages[0].rows:
         if row.role in models and row.training is not None and not row.name.endswith(AT_ONE):
             names = {row.name, *stages[0].names(row)}
-            trained = [each for kind in rows.values() for each in kind if each.name in names]
+            trained = [each for each in study.rows if each.name in names]
             assert len(trained) == 3
             best = max(point_at(result_of(confirmed, each)["curve"], row.alpha)["objective"] for each in trained)
             model = models.pop(row.role)
@@ -136,7 +136,7 @@ def test_each_model_is_the_best_of_its_own_trainings_on_validation(confirmed):
 
 def test_another_training_or_alpha_says_that_it_was_not_tested(confirmed, run):
     fixed, _ = model_of(confirmed)
-    other = next(row.name for row in rows_by_kind(confirmed)["trial"] if row.name != fixed["trial"])
+    other = next(row.name for row in snapshot(confirmed).trials if row.name != fixed["trial"])
     assert run("test", "study", "--trust-paths")[0] == 0
     code, _, err = run("export", "study", "--to", "same", "--trust-paths", "--trial", fixed["trial"])
     assert code == 0
@@ -154,7 +154,7 @@ def test_another_training_or_alpha_says_that_it_was_not_tested(confirmed, run):
 
 def test_other_weights_than_those_of_the_ledger_are_refused(confirmed):
     fixed, _ = model_of(confirmed)
-    row = next(row for rows in rows_by_kind(confirmed).values() for row in rows if row.training == fixed["runs"][0])
+    row = next(row for row in snapshot(confirmed).rows if row.training == fixed["runs"][0])
     require_weights_of(confirmed, row, fixed)
     with pytest.raises(StorageError, match="must have the weights that the ledger has fixed, SHA-256 000000000000"):
         require_weights_of(confirmed, row, {**fixed, "sha256": "0" * 64})
@@ -199,7 +199,7 @@ def test_a_card_has_no_numbers_of_another_comparison(confirmed):
 
 
 def test_what_a_confirm_and_a_test_have_fixed_stays_when_better_trials_follow(confirmed, run):
-    [row] = [row for row in rows_by_kind(confirmed)["trial"] if row.name == read_plan(confirmed)[0].winner]
+    [row] = [row for row in snapshot(confirmed).trials if row.name == read_plan(confirmed)[0].winner]
     assert fixed_trials(log_of(confirmed)) == {row.name}
     assert run("test", "study", "--trust-paths")[0] == 0
     model, _ = model_of(confirmed)
@@ -256,7 +256,7 @@ def test_a_strangers_plan_is_one_message(confirmed, run, change, words):
 
 
 def test_a_model_whose_weights_are_gone_is_none_and_the_next_best_of_its_values_is(confirmed):
-    [row] = [row for row in rows_by_kind(confirmed)["trial"] if row.name == read_plan(confirmed)[0].winner]
+    [row] = [row for row in snapshot(confirmed).trials if row.name == read_plan(confirmed)[0].winner]
     (row.place(confirmed) / WEIGHTS).unlink()
     fixed, standing = model_of(confirmed)
     assert (standing, fixed["trial"].startswith("confirm/")) == ("confirmed", True)

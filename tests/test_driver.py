@@ -25,7 +25,7 @@ from carft_ray.launch.mailbox import Post
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_row, rows_by_kind, trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.study.training import Failure, TrialSpec
 
@@ -61,7 +61,7 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
         assert (trial, len(live)) == (None, min(2, 7 - number))  # two at a time
         tune.finish(ended := live.pop(0), 0.1 * number)
     assert tune.start() == Searcher.FINISHED
-    assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["complete"] * 6
+    assert [row.outcome for row in snapshot(tune.driver.study.study_dir).trials] == ["complete"] * 6
     assert kinds(tune.events).count(TrialFinished) == 6
     assert kinds(tune.events).count(BaselineFinished) == 1
     best = [event.row.objective for event in tune.events if isinstance(event, TrialFinished) and event.is_best]
@@ -99,7 +99,7 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
         tune.finish(tune.start())
     assert tune.start() == Searcher.FINISHED
     assert tune.driver.failure is None
-    assert [row.name for row in tune.driver.study.set_aside()] == [name]
+    assert [row.name for row in tune.driver.study.snapshot().rows if row.set_aside] == [name]
 
 
 @pytest.mark.parametrize("is_good", [True, False])
@@ -354,11 +354,11 @@ def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed
         driver, names = simulated(study_dir, recipe, rng, WAYS, num_steps)
         assert driver.failure is None
         told += names
-    rows = rows_by_kind(study_dir)
-    assert [row.number for row in rows["trial"]] == list(range(NUM_TRIALS))
-    everything = rows["trial"] + rows["baseline"]
+    study = snapshot(study_dir)
+    assert [row.number for row in study.trials] == list(range(NUM_TRIALS))
+    everything = study.trials + study.baselines
     assert len({row.name for row in everything}) == NUM_TRIALS + 1
     assert all((row.outcome == "running") == row.set_aside for row in everything)
     assert Counter(told) == Counter(row.name for row in everything if not row.set_aside)
-    assert best_row(rows["trial"]).name in (study_dir / "best.yaml").read_text().splitlines()[0]
+    assert study.best.name in (study_dir / "best.yaml").read_text().splitlines()[0]
     killed_searches.check_told_once(study_dir)

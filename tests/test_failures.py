@@ -42,7 +42,7 @@ from carft_ray.store.attempt_files import read_result
 from carft_ray.store.log import log_of
 from carft_ray.study import study
 from carft_ray.study.opening import open_study
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.training.out_of_memory import in_batches, is_out_of_memory
 from carft_ray.training.run import prepare
@@ -155,11 +155,11 @@ def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_
     searcher, events = attempts.search(tmp_path / "study", recipe, tight)
     assert searcher.failure.exit_code == 5
     assert "1 image of 32 x 32 pixels at a time must fit into memory, but got " in str(searcher.failure)
-    assert [row.outcome for row in trials(tmp_path / "study")] == ["running"]
+    assert [row.outcome for row in snapshot(tmp_path / "study").trials] == ["running"]
     assert len(notes(events)) == 3  # 8, 4, 2
     searcher, _ = attempts.search(tmp_path / "study", recipe)
     assert searcher.failure is None
-    assert [row.outcome for row in trials(tmp_path / "study")] == ["complete", "complete"]
+    assert [row.outcome for row in snapshot(tmp_path / "study").trials] == ["complete", "complete"]
 
 
 @pytest.mark.whole
@@ -174,7 +174,7 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
         shutil.copytree(tmp_path / "prepared", study_dir / "prepared")
         searcher, events = attempts.search(study_dir, recipe, Runner(prepare, partial(attempts.capped, megabytes)))
         assert searcher.failure is None
-        found[name] = trials(study_dir)
+        found[name] = snapshot(study_dir).trials
         assert [row.outcome for row in found[name]] == ["complete", "complete"]
     # sums in another order may move an image or two of the 64 of painting
     wide = [row.objective for row in found["wide"]]
@@ -429,7 +429,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
         run_search(Plan(recipe, study_dir, None, runner=runner))
     assert NEVER in str(caught.value)
     check_told(str(caught.value))
-    [row] = [row for row in trials(study_dir) if row.set_aside]
+    [row] = [row for row in snapshot(study_dir).trials if row.set_aside]
     assert row.reason.startswith(f"1 attempts in a row made no progress; the last: {NEVER}")
     check_told(row.reason)
     for words, told in (
@@ -464,7 +464,7 @@ def test_a_preparation_that_dies_and_what_cannot_be_pickled_is_one_message_and_l
     assert str(caught.value).startswith(f"search: Ray must run it to its end, but got {LOCK}\n")
     check_told(str(caught.value))
     assert not (study_dir / "_tune").exists()
-    assert trials(study_dir) == []
+    assert snapshot(study_dir).trials == []
 
 
 def test_a_process_whose_node_was_taken_away_is_told_so():

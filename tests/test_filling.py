@@ -63,7 +63,7 @@ def searched(recipe, base_dir, address, runner):
     """Runs a search, whose trials must all end well at the first attempt; returns what it told of the preparation."""
     told = []
     result = run_search(Plan(recipe, base_dir / "study", address, told.append, runner))
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1)] * 2
+    assert [(row.outcome, row.attempt) for row in result.study.trials] == [("complete", 1)] * 2
     assert [event for event in told if isinstance(event, Note) and "hangs" in event.text] == []
     return [event.text for event in told if isinstance(event, Preparing)]
 

@@ -16,11 +16,12 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import apply, dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import place
-from carft_ray.results.reading.study_view import Overview
-from carft_ray.study.ledger import read_ledger
+from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row
+from carft_ray.study.snapshot import snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ def begin(study_dir, recipe, num_trials=6, values=False):
             if values:
                 study.journal.report(spec, 1, 0.1 * spec.number)
             study.settle(spec, failure)
-    return trials(study_dir)
+    return snapshot(study_dir).trials
 
 
 def shown(rows):
@@ -88,7 +89,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
         specs = run_all(study, lambda spec: -1.0)
     assert [spec.number for spec in specs] == [6, 7, 8, 9]
     assert all(1e-4 <= spec.values["learning_rate"] <= 1e-3 for spec in specs)
-    assert best_row(trials(study_dir)).name == best_row(before).name  # wherever it lies
+    assert best_row(snapshot(study_dir).trials).name == best_row(before).name  # wherever it lies
     new = optuna_study(study_dir)
     for one, other, row in zip(old.trials, new.trials, before, strict=False):
         assert other.intermediate_values == one.intermediate_values
@@ -106,7 +107,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
         assert (other.constraints, other.user_attrs) == (one.constraints, one.user_attrs)
     recipes = kept(study_dir, "recipe")
     assert [one["search"]["space"]["learning_rate"]["low"] for one in recipes] == [1e-5, 1e-4, 1e-5]
-    assert not any(row.outside for row in trials(study_dir))
+    assert not any(row.outside for row in snapshot(study_dir).trials)
 
 
 @pytest.mark.parametrize("is_inside", [True, False])
@@ -117,8 +118,8 @@ def test_a_new_parameter_has_the_value_of_train_in_old_trials_inside_the_space_o
         added = {"weight_decay": 0.1} if is_inside else {}
         assert [row.values for row in study.rows()] == [{**row.values, **added} for row in before]
         assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
-    rows = trials(study_dir)
-    view = Overview(study_dir, wider, rows, [])
+    view = read_study(study_dir)
+    rows = view.trials
     shown_values = [view.data(row)["values"]["weight_decay"] for row in rows]
     assert shown_values == [0.1] * 6 + [row.values["weight_decay"] for row in rows[6:]]
     with searching(study_dir, recipe_of(9), True) as study:  # removed: those with other values go
@@ -151,10 +152,10 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
 def test_readers_and_the_command_line_follow_the_space(study_dir, capsys):
     before = begin(study_dir, recipe_of())
     with searching(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
-        assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4
+        assert study_recipe(study_dir, log_of(study_dir)).search.space["learning_rate"].low == 1e-4
         run_all(study, lambda spec: 0.01)
     assert carft_ray.open_study(study_dir).best.name == best_row(before).name
-    num_outside = sum(row.outside for row in trials(study_dir))
+    num_outside = sum(row.outside for row in snapshot(study_dir).trials)
     for words, told in (
         (["ls", study_dir], "outside the space"),
         (["status", study_dir], "Outside the current search space: "),
@@ -170,7 +171,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
     notes = []
     result = run_search(Plan(narrow, study_dir, on_event=notes.append, change_space=True))
-    assert (result.num_new, len(result.trials)) == (0, 6)
+    assert (result.num_new, len(result.study.trials)) == (0, 6)
     assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
     assert load_recipe(study_dir / "resolved.yaml") == narrow
 
@@ -187,7 +188,7 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     assert goes_on(study_dir, narrow, "a smaller space", True)
     with open_study(study_dir, narrow, True):
         pass
-    assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
+    assert [entry.purpose for entry in snapshot(study_dir).ledger] == ["test", "search went on"]
 
 
 def test_nsga2_begins_its_generations_again_in_another_space(study_dir):
@@ -210,7 +211,7 @@ def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp
     num_before, new = len(commits(study_dir)), recipe_of(8, learning_rate=NARROW)
     with searching(study_dir, new, True):
         pass
-    expected, found = shown(trials(study_dir)), commits(study_dir)
+    expected, found = shown(snapshot(study_dir).trials), commits(study_dir)
     for number in range(num_before, len(found)):
         part = shutil.copytree(study_dir, tmp_path / str(number))
         rewrite(part, found[:number])
@@ -219,4 +220,4 @@ def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp
         with pytest.raises(RecipeError, match="give --change-space"), open_study(part, other):
             pass
         with searching(part, new, True):
-            assert shown(trials(part)) == expected, number
+            assert shown(snapshot(part).trials) == expected, number

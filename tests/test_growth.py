@@ -189,7 +189,7 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
     assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others use the rest, 1 per trial")
     assert seen == ["waiting: 0 of 2 CPUs, others use the rest, 1 per trial; one waits", (Node(2, 0, "", 1),)]
     assert changes(events) == [(2, "2 CPUs, 1 per trial")]
-    assert [row.outcome for row in result.trials] == ["complete"] * 3
+    assert [row.outcome for row in result.study.trials] == ["complete"] * 3
 
 
 def attach(head, monkeypatch):
@@ -327,7 +327,7 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
     with autoscaling_head(tmp_path, version) as head:
         attach(head, monkeypatch)
         result = run_search(Plan(recipe, tmp_path / "study", head.address, events.append, RUNNER))
-        assert [row.outcome for row in result.trials] == ["complete"] * 6
+        assert [row.outcome for row in result.study.trials] == ["complete"] * 6
         waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]
         assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are requested"]
         [started] = [event for event in events if isinstance(event, Started)]

@@ -29,7 +29,7 @@ from carft_ray.store.process import identity
 from carft_ray.study import holding as held_module
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 
 ELSEWHERE = {"host": "node7", "boot": "another", "pid": 12, "since": "noon"}
 
@@ -155,7 +155,7 @@ def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_
     second = Search(tmp_path, "two", 1)
     assert second.ended() == 0, second.output
     assert f"took over from process {first.process.pid} on " in second.output
-    assert [row.attempt for row in trials(study_dir)] == [2]
+    assert [row.attempt for row in snapshot(study_dir).trials] == [2]
     ended = commits(study_dir)
 
     hold.touch()
@@ -174,7 +174,7 @@ def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_
     hold.unlink()
     assert third.ended() == 0, third.output
 
-    assert [(row.number, row.outcome) for row in trials(study_dir)] == [(0, "complete"), (1, "complete")]
+    assert [(row.number, row.outcome) for row in snapshot(study_dir).trials] == [(0, "complete"), (1, "complete")]
     killed_searches.check_told_once(study_dir)
     assert commits(study_dir)[: len(ended)] == ended
     owners = [commit["owner"] for commit in commits(study_dir)]

@@ -16,7 +16,7 @@ from carft_ray.study import opening
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 
 RECIPE, OTHER = make_recipe(3, baselines={}), make_recipe(4, baselines={}, train={"batch_size": 7})
 
@@ -66,7 +66,7 @@ def test_the_log_has_each_recipe_and_the_manifest_none(study_dir):
     with open_study(study_dir, make_recipe(5, baselines={})):
         pass
     assert [one["search"]["trials"] for one in kept(study_dir, "recipe")] == [3, 5]
-    assert study_recipe(study_dir).search.trials == 5
+    assert study_recipe(study_dir, log_of(study_dir)).search.trials == 5
     assert json.loads((study_dir / "manifest.json").read_text()).keys() == {"format_version", "id", "created"}
     assert {one["kind"] for one in commits(study_dir)[1]["records"]} == {"recipe", "provenance"}
     assert provenance_of(log_of(study_dir))["seeds"] == {"sampler": 0, "train": 0}
@@ -92,9 +92,9 @@ def test_where_a_search_was_killed_before_its_recipe_any_recipe_begins_the_study
             pass
     with searching(study_dir, OTHER) as study:
         assert study.next().values
-    assert study_recipe(study_dir) == OTHER
+    assert study_recipe(study_dir, log_of(study_dir)) == OTHER
     assert manifest in (None, (study_dir / "manifest.json").read_bytes())
-    assert len(trials(study_dir)) == 1
+    assert len(snapshot(study_dir).trials) == 1
 
 
 READERS = ("status {}", "ls {}", "logs {} 0", "stop {}", "resume {}", "report {}", "confirm {}", "evaluate {}")
@@ -160,5 +160,5 @@ def test_a_search_that_came_between_look_and_claim_is_not_continued_with_another
             pass
     else:
         run_search(study_dir, RECIPE)  # of 3 trials, when the other has made 5
-    assert len(trials(study_dir)) == later.search.trials
-    assert study_recipe(study_dir) == (later if is_new else RECIPE)
+    assert len(snapshot(study_dir).trials) == later.search.trials
+    assert study_recipe(study_dir, log_of(study_dir)) == (later if is_new else RECIPE)

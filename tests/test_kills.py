@@ -12,7 +12,7 @@ import killed_searches as searches
 import pytest
 import stand_in
 
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.snapshot import snapshot
 from cluster import LATER_LOST, head
 
 pytestmark = pytest.mark.whole
@@ -49,7 +49,7 @@ def test_a_study_killed_with_its_ray_while_trainings_run_and_between_them_is_ext
 def test_after_a_kill_of_a_trial_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster):
     study_dir = tmp_path / "study"
     output = searches.kill_one("trial", "ray-train", study_dir, cluster)
-    assert sorted(row.attempt for row in trials(study_dir) + baselines(study_dir)) == [1, 1, 2]
+    assert sorted(row.attempt for row in snapshot(study_dir).trials + snapshot(study_dir).baselines) == [1, 1, 2]
     assert output.count("gets another attempt") == 1
 
 
@@ -75,7 +75,7 @@ def test_a_training_that_hangs_is_ended_and_named(tmp_path, cluster):
     study_dir = tmp_path / "study"
     process = searches.driver(study_dir, 2, "inline", *cluster, hang_timeout_s=10)
     output = searches.finished(process)
-    name = trials(study_dir)[1].name
+    name = snapshot(study_dir).trials[1].name
     assert f"Note {name} hangs: no step for 10 s (resources.hang_timeout_s); process " in output
     log = (study_dir / "trials" / name / "log.txt").read_text()
     assert "most recent call first" in log

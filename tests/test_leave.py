@@ -14,8 +14,8 @@ from killed_searches import driver, ended, finished, titled, wait_until
 
 import cluster
 from carft_ray.store.log import log_of
-from carft_ray.study.rows import baselines, trials
 from carft_ray.study.running import begun
+from carft_ray.study.snapshot import snapshot
 
 WINDOW = 10  # steps
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
@@ -58,7 +58,7 @@ def running_trial(study_dir, process, at_least):
 
 def check_continued(study_dir):
     """Raises unless a trial has ended in two attempts, with the numbers of its twin that was left in peace."""
-    [row], [calm] = trials(study_dir), [row for row in baselines(study_dir) if row.name == "calm"]
+    [row], [calm] = snapshot(study_dir).trials, [row for row in snapshot(study_dir).baselines if row.name == "calm"]
     assert (row.outcome, row.attempt, calm.outcome, calm.attempt) == ("complete", 2, "complete", 1)
     for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
         one, other = (each.place(study_dir) / name for each in (row, calm))
@@ -140,8 +140,8 @@ def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine
         finished(process)
         left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]
     assert left == []
-    assert {row.outcome for row in trials(study_dir) + baselines(study_dir)} == {"complete"}
-    for row in trials(study_dir):
+    assert {row.outcome for row in snapshot(study_dir).trials + snapshot(study_dir).baselines} == {"complete"}
+    for row in snapshot(study_dir).trials:
         log = (row.folder(study_dir) / "log.txt").read_text()
         assert float(re.search(r"MB came through Ray, ([\d.]+) MB went", log)[1]) > 0.1, row.name
     killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 3))
@@ -178,5 +178,5 @@ def test_a_node_with_keys_uses_the_bucket_and_one_without_continues_what_it_has_
     assert "from step" in "".join(logs)
     assert "MB came through Ray" in "".join(logs)
     [study_dir] = [path.parent for path in hidden.rglob("driven/*/study/manifest.json")]
-    assert {row.outcome for row in trials(study_dir) + baselines(study_dir)} == {"complete"}
+    assert {row.outcome for row in snapshot(study_dir).trials + snapshot(study_dir).baselines} == {"complete"}
     killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 2))

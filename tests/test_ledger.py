@@ -11,8 +11,9 @@ from study_steps import run_all, searching
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.schema.recipe import with_keys
-from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record
-from carft_ray.study.rows import baselines, trials
+from carft_ray.store.log import log_of
+from carft_ray.study.ledger import check_ledger, reads_of, record
+from carft_ray.study.snapshot import snapshot
 
 RECIPE = stand_in.make_recipe(2)
 
@@ -68,7 +69,7 @@ def noted(study_dir):
 
 
 def told(study_dir):
-    return "\n".join(str(problem) for problem in check_ledger(study_dir))
+    return "\n".join(str(problem) for problem in check_ledger(study_dir, log_of(study_dir)))
 
 
 # what is written
@@ -76,17 +77,22 @@ def told(study_dir):
 
 def test_lines_are_read_back_and_the_manifest_notes_the_commit_of_the_last(study_dir, fresh, searched):
     rows = lines_of(study_dir)
-    assert [row["number"] for row in rows] == [entry.number for entry in read_ledger(study_dir)] == [1, 2, 3]
+    assert [row["number"] for row in rows] == [entry.number for entry in snapshot(study_dir).ledger] == [1, 2, 3]
     assert [row["purpose"] for row in rows] == ["winner fixed", "test", "test"]
     assert (rows[0]["details"], rows[1]["sets"]) == ({"winner": "t0001"}, ["id_test", "sketch"])
     assert rows[2]["reason"] == "ein Grund: größer"
     assert all(row["user"] and row["time"] and row["version"] and len(row["recipe_hash"]) == 64 for row in rows)
-    assert [entry.number for entry in reads_of(read_ledger(study_dir))] == [2, 3]
+    assert [entry.number for entry in reads_of(snapshot(study_dir).ledger)] == [2, 3]
     found = commits(study_dir)
     place = places_of(found)[-1]
     assert noted(study_dir) == {"count": 3, "commit": place + 1, "hash": found[place + 1]["previous"]}
-    assert check_ledger(study_dir) == check_ledger(fresh) == read_ledger(fresh) == []
-    assert (trials(study_dir), baselines(study_dir)) == (trials(searched), baselines(searched))
+    assert (
+        check_ledger(study_dir, log_of(study_dir)) == check_ledger(fresh, log_of(fresh)) == snapshot(fresh).ledger == []
+    )
+    assert (snapshot(study_dir).trials, snapshot(study_dir).baselines) == (
+        snapshot(searched).trials,
+        snapshot(searched).baselines,
+    )
 
 
 # tampering
@@ -156,7 +162,7 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
         assert "must have the ledger that manifest.json describes" in told(study_dir)
     (study_dir / "manifest.json").write_text("[]")
     with pytest.raises(StorageError, match=r"manifest.json: the content: input should be a valid dictionary"):
-        check_ledger(study_dir)
+        check_ledger(study_dir, log_of(study_dir))
     (study_dir / "manifest.json").write_bytes(before)
     assert told(study_dir) == ""
     for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
@@ -185,21 +191,21 @@ def test_kills_before_each_note_in_the_manifest_leave_a_sound_ledger(fresh, monk
             patch.setattr(log, "commit", last_write)
             with pytest.raises(KeyboardInterrupt):
                 record(fresh, log, RECIPE, "test")
-        assert len(read_ledger(fresh)) == number
+        assert len(snapshot(fresh).ledger) == number
 
 
 def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study_dir, fresh, tmp_path):
     assert goes_on(tmp_path / "new", RECIPE, None) is False
     write_line(fresh, RECIPE, "winner fixed")
     assert goes_on(fresh, stand_in.make_recipe(9), "because") is False
-    assert [entry.purpose for entry in read_ledger(fresh)] == ["winner fixed"]
+    assert [entry.purpose for entry in snapshot(fresh).ledger] == ["winner fixed"]
     assert goes_on(study_dir, RECIPE, None) is False  # nothing to train
     with pytest.raises(HoldOutError, match=r"its test sets were read: .* by .*\(line 3 of the ledger\)") as caught:
         goes_on(study_dir, stand_in.make_recipe(4), None)
     assert "--again REASON" in str(caught.value)
-    assert len(read_ledger(study_dir)) == 3
+    assert len(snapshot(study_dir).ledger) == 3
     assert goes_on(study_dir, stand_in.make_recipe(4), "a wider range") is True
-    last = read_ledger(study_dir)[-1]
+    last = snapshot(study_dir).ledger[-1]
     assert (last.purpose, last.reason, last.details) == (
         "search went on",
         "a wider range",
@@ -222,7 +228,7 @@ def test_a_baseline_that_is_new_after_a_read_needs_a_reason_of_its_own(study_dir
     with pytest.raises(HoldOutError):  # that was of more trials
         goes_on(study_dir, more, None)
     assert goes_on(study_dir, more, "a reviewer asked for it") is True
-    assert read_ledger(study_dir)[-1].details["baselines"] == ["plain", "strong"]
+    assert snapshot(study_dir).ledger[-1].details["baselines"] == ["plain", "strong"]
     assert goes_on(study_dir, more, None) is False
 
 
@@ -232,4 +238,4 @@ def test_a_reason_must_say_something_and_the_recipe_be_that_of_the_study(study_d
             goes_on(study_dir, stand_in.make_recipe(4), reason)
     with pytest.raises(RecipeError, match=r"train\.epochs"):
         goes_on(study_dir, stand_in.make_recipe(9, epochs=7), "because")
-    assert len(read_ledger(study_dir)) == 3
+    assert len(snapshot(study_dir).ledger) == 3

@@ -40,7 +40,7 @@ from carft_ray.store.attempt_files import read_result
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.opening import open_study
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training import checkpoint, loop
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.out_of_memory import shortage
@@ -237,7 +237,9 @@ def test_a_node_that_does_not_see_the_drivers_temporary_folder_trains(executor, 
             searches.finished(searches.driver(tmp_path / "study", 3, executor, *head.reached, **given))
         finally:
             searches.kill_drivers()
-    assert {row.outcome for row in trials(tmp_path / "study") + baselines(tmp_path / "study")} == {"complete"}
+    assert {row.outcome for row in snapshot(tmp_path / "study").trials + snapshot(tmp_path / "study").baselines} == {
+        "complete"
+    }
     assert list(hidden.iterdir()) == []  # nothing is left behind
 
 

@@ -173,7 +173,7 @@ def test_a_copy_that_is_made_while_test_sets_are_read_has_a_sound_ledger(server,
     server.strike = strike
     pull(address, tmp_path / "back")
     assert log_of(tmp_path / "back").number == log_of(folder).number > log_of(made).number
-    assert check_ledger(tmp_path / "back") == []
+    assert check_ledger(tmp_path / "back", log_of(tmp_path / "back")) == []
 
 
 def test_what_is_there_is_never_written_over(address, made, server, tmp_path, capsys):
@@ -304,7 +304,10 @@ def test_a_copy_by_the_lines_of_the_document_is_read_and_resumed_as_the_folder_i
     driven, recipe = own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH)
     with held(log := open_log(driven), print), uploading(log):
         record(driven, log, recipe, TEST)  # writes over the manifest, if it is the copied one
-    assert (len(read_ledger(fetched(address))), check_ledger(fetched(address))) == (1, [])
+    assert (
+        len(read_ledger(fetched(address), log_of(fetched(address)))),
+        check_ledger(fetched(address), log_of(fetched(address))),
+    ) == (1, [])
 
 
 def test_a_study_inside_another_one_is_refused(server, address, made, tmp_path, capsys):

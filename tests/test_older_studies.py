@@ -15,7 +15,7 @@ import verbs_host
 from logs import commits, rewrite
 
 from carft_ray.files import write_json
-from carft_ray.study.rows import baselines, confirmations, trials
+from carft_ray.study.snapshot import snapshot
 
 VERBS = ("status", "ls", "report", "resume", "confirm", "test", "evaluate", "export", "search")
 WORDS = {"search": ["recipe.yaml", "--study", "study"], "export": ["study", "--to", "exported"]}
@@ -52,7 +52,7 @@ def as_earlier(study_dir):
 
 
 def numbers(study_dir):
-    rows = [*trials(study_dir), *baselines(study_dir), *confirmations(study_dir)]
+    rows = [*snapshot(study_dir).trials, *snapshot(study_dir).baselines, *snapshot(study_dir).confirmations]
     read = json.loads((study_dir / "test" / "summary.json").read_text())
     found = [[row["name"], row["objective"]["mean"], row["sets"]] for row in read["rows"]]
     return [[row.name, row.outcome, row.objective, row.alpha, row.metrics] for row in rows], found

@@ -339,7 +339,7 @@ def test_the_pruner_cuts_a_function_that_asks(tmp_path):
     result = run_search(
         Plan(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
     )
-    assert [row.outcome for row in result.trials] == ["complete", "pruned"], result.trials
+    assert [row.outcome for row in result.study.trials] == ["complete", "pruned"], result.study.trials
     told = "train.function replaces the built-in loop: carft-ray promises no exact resume, "
     assert len([text for text in notes if told in text]) == 1
 

@@ -16,7 +16,7 @@ from logs import set_recipe
 from optuna.trial import TrialState
 from study_steps import finish, optuna_study, searching
 
-from carft_ray.launch.command import SearchResult
+from carft_ray.launch.command import Ran
 from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.results.confirmation import summarise
@@ -28,14 +28,15 @@ from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
-from carft_ray.results.search_summary import study_summary
+from carft_ray.results.search_summary import search_summary
 from carft_ray.results.stages import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.study.attributes import TRAINING_OF
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_given
-from carft_ray.study.rows import is_training, trials
+from carft_ray.study.rows import is_training
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 
@@ -46,7 +47,7 @@ def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_n
     with searching(study_dir, recipe) as study:
         study.add_zero_shot(ZERO_SHOT)
         specs = [spec for spec in run_all(study) if spec.kind == "trial"]
-    search, rows = optuna_study(study_dir), trials(study_dir)
+    search, rows = optuna_study(study_dir), snapshot(study_dir).trials
     assert [direction.name for direction in search.directions] == ["MAXIMIZE", "MAXIMIZE"]
     assert [row.name for row in rows] == [trial_name(spec.number, spec.values) for spec in specs]
     assert len(search.trials) > len(rows) == 6
@@ -112,7 +113,7 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
     assert load_recipe(study_dir / "best.yaml").train.alpha == best.alpha
     assert len(rendered(study_figure(view.recipe, study_dir, view.trials, view.baselines), "png")) > 10_000
-    summary = study_summary(view.recipe, SearchResult(study_dir, best, view.trials, view.baselines, 3, 1.0))
+    summary = search_summary(Ran(view, 3, 1.0, "", {}, None, ""))
     assert any(line.startswith(f"Best: {best.name}, ID ") for line in summary["lines"])
     assert json.loads(json.dumps(summary))["front"]["points"]
     answer = rescore(view, asked_objective(view.recipe, "harmonic"))
@@ -190,7 +191,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
         moved = replace(view, trials=[stands if row.name == best.name else row for row in view.trials])
         stage, _ = plan(moved, 1, 2)
         assert stage.trainings().keys() == first.trainings().keys()
-        [winner] = [row for row in summarise(study_dir, view.recipe, stage, None)["rows"] if row["role"] == "winner"]
+        [winner] = [row for row in summarise(snapshot(study_dir), stage, None)["rows"] if row["role"] == "winner"]
         assert (winner["name"], winner["alpha"]) == (best.name, point["alpha"])
 
 

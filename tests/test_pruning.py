@@ -20,7 +20,7 @@ from carft_ray.recipe.schema.search import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import Failure, TrialRow
 from carft_ray.training.run import live_alphas
 
@@ -179,7 +179,7 @@ def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_trainin
             assert finish(study, spec).outcome == "complete"
     found = status(read_study(study_dir))["pruner"]
     assert (found["name"], found["num_cut"]) == ("successive_halving", 0)
-    for found, value in zip(trials(study_dir), (0.6, 0.1), strict=True):
+    for found, value in zip(snapshot(study_dir).trials, (0.6, 0.1), strict=True):
         assert found.intermediate_values == dict.fromkeys((33, 50, 67, 83, 100), value)
 
 
@@ -194,7 +194,7 @@ def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir):
             new = specs[0] if not is_cut else specs[1]
             assert bool(study.report(new, {**half, "subset/objective": value})) == is_cut
             assert not is_cut or study.settle(new).outcome == "pruned"
-    assert [found.intermediate_values for found in trials(study_dir)][:3] == [{50: 0.6}, {50: 0.5}, {50: 0.55}]
+    assert [found.intermediate_values for found in snapshot(study_dir).trials][:3] == [{50: 0.6}, {50: 0.5}, {50: 0.55}]
 
 
 def test_a_search_in_which_all_were_cut_says_so():

@@ -36,7 +36,7 @@ from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.results.verdict_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
 
 pytestmark = pytest.mark.slow
@@ -519,7 +519,7 @@ def test_pictures_that_are_missing_or_damaged_are_none(tmp_path, content):
 
 def test_trainings_keep_pictures_of_what_has_changed(tmp_path_factory):
     study_dir = short_sealed.shared(tmp_path_factory) / "study"
-    for row in trials(study_dir):
+    for row in snapshot(study_dir).trials:
         place = row.place(study_dir)
         kept, table = read_thumbnails(place / THUMBNAILS), read_predictions(place / PREDICTIONS)
         alphas = sorted({0.0, row.alpha, 1.0})

@@ -33,7 +33,7 @@ from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.store.log import log_of
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recipe_identity import claim
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training.shared_inputs import load_shared_inputs
 
 pytestmark = pytest.mark.slow
@@ -201,7 +201,7 @@ def test_all_that_differs_is_named_with_the_largest_difference():
 
 
 def test_wrong_targets_are_refused_with_the_nearest(here):
-    row = trials(here / "study")[0]
+    row = snapshot(here / "study").trials[0]
     short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
     assert open_finished(here / "study", f"confirm/{row.name}-seed5").name.endswith(f"confirm/{row.name}-seed5")
     for folder, trial, told in (
@@ -233,7 +233,7 @@ def keys(rows):
 
 def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metrics(here):
     study = here / "study"
-    best = max(trials(study), key=lambda row: row.objective)
+    best = max(snapshot(study).trials, key=lambda row: row.objective)
     found = compare(str(study), f"{study}:plain")
     assert (found["a"]["trial"], found["b"]["trial"]) == (best.name, "plain")
     assert row(found, "objective")["a"] == best.objective

@@ -27,7 +27,7 @@ from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals import samplers
 from carft_ray.study.proposals.optuna_private import is_within
 from carft_ray.study.proposals.samplers import distribution
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
 OPTUNA = {  # settings with which this is so
@@ -289,8 +289,8 @@ def test_the_grid_with_its_chains_of_conditions_is_tried_once_each_and_then_the_
             begun = [study.next() for _ in range(9)]
             for spec in filter(None, begun):
                 finish(study, spec)
-            assert study.done() == (len(trials(study_dir)) == size)
-    rows = trials(study_dir)
+            assert study.done() == (len(snapshot(study_dir).trials) == size)
+    rows = snapshot(study_dir).trials
     assert len({json.dumps(row.values) for row in rows}) == len(rows) == size
     assert None not in [grid_index(recipe.search.space, row.values) for row in rows]
     for values in [row.values for row in rows]:

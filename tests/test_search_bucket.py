@@ -442,7 +442,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     with held(log := open_log(folder), print), uploading(log):
         record(folder, log, recipe, TEST)
     assert goes_on(folder, recipe, "because")
-    assert read_ledger(fetched(address))[-1].reason == "because"
+    assert read_ledger(fetched(address), log_of(fetched(address)))[-1].reason == "because"
     before, log = server.objects().keys(), open_log(folder)
     with pytest.raises(StorageError, match="must not be removed while a search"), held(log, print), uploading(log):
         files.remove(folder)

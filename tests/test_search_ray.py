@@ -21,7 +21,8 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.figure import figure_at_the_end
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row
+from carft_ray.study.snapshot import snapshot
 
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 HALVING = {"pruner": {"name": "successive_halving", "first": 0.25}, "baselines": {}, "max_concurrent_trials": 1}
@@ -43,7 +44,7 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
     known = ("Preparing", "Decided", "Started", "Trial", "Baseline", "Note", "best")
     assert [line for line in output.splitlines() if not line.startswith(known)] == []
     assert output.splitlines()[-1].endswith("new 8")
-    rows = trials(study_dir)
+    rows = snapshot(study_dir).trials
     assert [row.outcome for row in rows] == ["complete", "error", "diverged", "diverged"] + ["complete"] * 4
     assert [row.attempt for row in rows] == [1, 2, 1, 1, 2, 2, 1, 1]
     assert rows[1].reason == "RuntimeError: the stand-in was told to raise"
@@ -56,8 +57,8 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
         patched.setattr(ray, "init", None)  # nothing is left to do, so no Ray is started
         again = run_search(Plan(stand_in.make_recipe(8, epochs=4), study_dir, None, runner=RUNNER))
     assert again.num_new == 0
-    assert again.trials == rows
-    assert {row.name for row in again.baselines} == {"zero_shot", "plain"}
+    assert again.study.trials == rows
+    assert {row.name for row in again.study.baselines} == {"zero_shot", "plain"}
 
 
 @pytest.mark.whole
@@ -78,7 +79,7 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     assert "Stopping" in output
     assert "of 4 trials finished" in output
     assert "Resume with: carft-ray resume" in output
-    stopped = {row.name: row for row in trials(study_dir)}
+    stopped = {row.name: row for row in snapshot(study_dir).trials}
     done = {name for name, row in stopped.items() if row.outcome == "complete"}
     assert {row.outcome for row in stopped.values()} == {"complete", "running"}
     assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
@@ -86,7 +87,7 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     stand_in.tell(tmp_path)
     output = finished(driver(study_dir, 4))
     assert not any(f"TrialStarted {name} " in output for name in done)
-    rows = trials(study_dir)
+    rows = snapshot(study_dir).trials
     assert [row.number for row in rows] == list(range(4))
     assert [row.outcome for row in rows] == ["complete"] * 4
     assert max(row.attempt for row in rows) > 1
@@ -126,11 +127,11 @@ def test_ray_train_starts_its_workers_once_and_never_has_two_placement_groups_ho
     assert not ray.is_initialized()
     assert left == [1, 1, 0]  # that of the next training; a failure ends it
     assert [event.reason for event in seen if isinstance(event, Started)] == ["search.max_concurrent_trials"]
-    good, _, bad = result.trials
-    assert [row.outcome for row in result.trials] == ["complete", "pruned", "diverged"]
+    good, _, bad = result.study.trials
+    assert [row.outcome for row in result.study.trials] == ["complete", "pruned", "diverged"]
     assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
     assert bad.reason == "loss not finite at step 3"
-    folders = [row.folder(tmp_path / "study") for row in result.trials]
+    folders = [row.folder(tmp_path / "study") for row in result.study.trials]
     assert [bool(list(folder.glob("*/result.json"))) for folder in folders] == [True, False, False]
     assert len((folders[1] / "metrics.jsonl").read_text().splitlines()) < 4  # the group has ended by itself
     assert not list(folders[1].glob("attempt-*"))
@@ -150,7 +151,7 @@ def test_a_fault_in_the_preparation_or_in_a_trial_ends_the_search_with_its_exit_
     with pytest.raises(CarftError, match=r"trial t0001-(?s:.*)a file of the training set is gone") as caught:
         run_search(Plan(recipe, tmp_path / "study", None, runner=RUNNER, around=figure_at_the_end))
     assert caught.value.exit_code == 4
-    complete, failed = trials(tmp_path / "study")
+    complete, failed = snapshot(tmp_path / "study").trials
     assert (complete.outcome, failed.outcome) == ("complete", "running")
     assert complete.name in (tmp_path / "study" / "best.yaml").read_text().splitlines()[0]
     assert (tmp_path / "study" / "figure.png").exists()

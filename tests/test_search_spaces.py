@@ -31,9 +31,10 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import SEARCHABLE
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.recipe.written import parse_yaml
+from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import baselines
+from carft_ray.study.snapshot import snapshot
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -317,7 +318,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     before = kept(study_dir, "recipe")
     if kind == "running":
         assert go_on(study_dir, recipe) == recipe
-        assert study_recipe(study_dir).search.space == old.search.space
+        assert study_recipe(study_dir, log_of(study_dir)).search.space == old.search.space
         return
     place = place_of(key.name)
     top = place.rsplit(".", 1)[0] if key.name.endswith((".type", ".source", ".name")) else place
@@ -326,7 +327,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     assert ("--change-space" in message) == (kind == "space")
     if kind == "space":
         assert go_on(study_dir, recipe, True) == recipe
-        assert study_recipe(study_dir).search.space == recipe.search.space
+        assert study_recipe(study_dir, log_of(study_dir)).search.space == recipe.search.space
     else:
         refused(study_dir, recipe, re.escape(top), True)
         assert kept(study_dir, "recipe") == before
@@ -337,8 +338,8 @@ def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     run_search(study_dir, make_recipe(2))
     more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
     assert [spec.name for spec in run_search(study_dir, make_recipe(2, baselines=more))] == ["strong"]
-    assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
-    assert set(study_recipe(study_dir).search.baselines) == {"plain", "strong"}
+    assert [row.name for row in snapshot(study_dir).baselines] == ["plain", "strong"]
+    assert set(study_recipe(study_dir, log_of(study_dir)).search.baselines) == {"plain", "strong"}
     for other in ({"strong": {"kl_weight": 9}}, {**more, "strong": {"kl_weight": 8}}):
         refused(study_dir, make_recipe(2, baselines=other), r"search\.baselines\.(plain|strong)")
 
@@ -390,7 +391,7 @@ def test_a_project_that_was_moved_goes_on_and_so_does_a_copy_of_the_study_alone(
     old.rename(new)
     recipe = folder_recipe(new).model_copy(update={"search": make_recipe(3).search})
     assert [spec.number for spec in run_search(new / "study", recipe)] == [2]
-    assert study_recipe(new / "study").data.id_test.path == str(new / "images")
+    assert study_recipe(new / "study", log_of(new / "study")).data.id_test.path == str(new / "images")
     paths = [one["data"]["train"]["path"] for one in kept(new / "study", "recipe")]
     assert paths == [str(old / "images"), str(new / "images")]
 

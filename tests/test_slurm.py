@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from killed_searches import wait_until
 
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "slurm.sh"
@@ -177,7 +177,7 @@ def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
             assert process.wait(200) == 130, job.output
         assert job.written("scontrol.txt") == [f"requeue {job.id}"]
         job.nothing_is_left(study)
-        stopped = {row.name: row for row in trials(study)}
+        stopped = {row.name: row for row in snapshot(study).trials}
         assert "running" in {row.outcome for row in stopped.values()}
         assert list(study.glob("trials/*/attempt-*/step-*"))
 
@@ -187,7 +187,7 @@ def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
     finally:
         for folder in Path("/tmp").glob(f"r{job.id}*"):
             shutil.rmtree(folder, ignore_errors=True)
-    rows = trials(study)
+    rows = snapshot(study).trials
     assert [row.outcome for row in rows] == ["complete", "complete"]
     assert max(row.attempt for row in rows) > 1
     for row in rows:  # goes on: no step stands twice

@@ -26,7 +26,8 @@ from carft_ray.store.attempt_files import progress_of, progress_words, read_resu
 from carft_ray.study import recovery
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_first, trials
+from carft_ray.study.rows import best_first
+from carft_ray.study.snapshot import snapshot
 from carft_ray.training import thumbnails
 
 READERS = ("status {} --json", "ls {} --json", "logs {} {best}", "report {} --html --out page.html", "report {} --json")
@@ -89,7 +90,7 @@ def each_is_told(study_dir, capsys, *words, readers=READERS):
 
 @pytest.fixture(autouse=True)
 def _best(sound):
-    ended.best = best_first(trials(sound))[0].name
+    ended.best = best_first(snapshot(sound).trials)[0].name
 
 
 def put(path, kind):
@@ -239,7 +240,7 @@ RESULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_that_cannot_be_is_told(study_dir, capsys, name):
-    best = best_first(trials(study_dir))[0]
+    best = best_first(snapshot(study_dir).trials)[0]
     path, sound = best.place(study_dir) / "result.json", (best.place(study_dir) / "result.json").read_text()
     digest = best.digest
     for value in RESULTS[name]:
@@ -328,7 +329,7 @@ TOOK = [
 
 @pytest.mark.parametrize("took", TOOK)
 def test_what_an_attempt_that_was_left_behind_took_is_a_number_or_told(study_dir, took):
-    place = best_first(trials(study_dir))[0].place(study_dir)
+    place = best_first(snapshot(study_dir).trials)[0].place(study_dir)
     resources = report_studies.make_recipe(3).resources
     result = json.loads((place / "result.json").read_text())
     (place / "result.json").write_text(json.dumps({**result, "elapsed_s": 2.5, "environment": {"num_workers": 2}}))
@@ -359,7 +360,7 @@ def test_a_library_that_does_not_say_its_version_and_a_clock_that_was_set_back_a
     logs.rewrite(study_dir, found)
     for command in READERS:
         assert ended(command, study_dir, capsys)[0] == 0, command
-    assert all(row.elapsed_s is not None and row.elapsed_s >= 0 for row in trials(study_dir))
+    assert all(row.elapsed_s is not None and row.elapsed_s >= 0 for row in snapshot(study_dir).trials)
 
 
 @pytest.mark.parametrize("content", [3, {}, {"rows": [3]}, {"rows": []}])
@@ -424,7 +425,7 @@ def test_thumbnails_that_unpack_to_far_more_than_they_state_are_none(tmp_path, m
     ],
 )
 def test_answers_that_cannot_be_are_told(study_dir, capsys, name, values):
-    best = best_first(trials(study_dir))[0]
+    best = best_first(snapshot(study_dir).trials)[0]
     path = best.place(study_dir) / "predictions" / "validation.parquet"
     table = read_predictions(path)
     index = table.column_names.index(name)

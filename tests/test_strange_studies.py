@@ -25,12 +25,14 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.stages import read_plan
+from carft_ray.store.log import log_of
 from carft_ray.study import ledger, records
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, STUDIES, fetched
 from carft_ray.study.recipe_identity import claim, recipe_for_use, study_recipe
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_first, trials
+from carft_ray.study.rows import best_first
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.trust import allowed, is_written
 
 RECIPE = report_studies.make_recipe(4, ood=False)
@@ -77,7 +79,7 @@ def test_a_training_whose_name_leads_out_of_the_study_is_refused(
 ):
     monkeypatch.chdir(tmp_path)
     name = str(victim) if is_absolute else "../../../victim/run1"
-    logs.replace(study_dir, json.dumps(best_first(trials(study_dir))[0].name), json.dumps(name))
+    logs.replace(study_dir, json.dumps(best_first(snapshot(study_dir).trials)[0].name), json.dumps(name))
     before = everything(tmp_path)
     for command in (*WRITERS, "report {}", "status {}", "logs {} 0", "export {} --to exported"):
         code = crash_host.call(command.format(study_dir).split())
@@ -106,7 +108,7 @@ def test_a_study_from_which_a_link_leads_out_is_not_opened_for_writing(
     study_dir, victim, tmp_path, monkeypatch, capsys, link
 ):
     monkeypatch.chdir(tmp_path)
-    path = study_dir / link.format(best=best_first(trials(study_dir))[0].name)
+    path = study_dir / link.format(best=best_first(snapshot(study_dir).trials)[0].name)
     if path.exists():
         path.rename(tmp_path / "taken away")
     path.symlink_to(tmp_path / LINKS[link])
@@ -448,7 +450,7 @@ def test_a_kill_right_after_a_study_has_its_recipe_leaves_it_written_by_this_mac
         patch.setattr(log, "commit", killed)
         with pytest.raises(KeyboardInterrupt):
             claim(copy, log, recipe)
-    assert study_recipe(copy) == recipe
+    assert study_recipe(copy, log_of(copy)) == recipe
     assert is_written(copy, recipe)
 
 
@@ -460,7 +462,7 @@ def test_a_search_of_another_user_leaves_a_study_the_cache_that_it_does_not_use(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of another user"))
 
     def used(*overrides, trust_paths=False):
-        kept = study_recipe(tmp_path / "study")
+        kept = study_recipe(tmp_path / "study", log_of(tmp_path / "study"))
         return recipe_for_use(tmp_path / "study", kept, "resume {}", overrides, trust_paths)
 
     later = used("search.trials=9")
@@ -469,13 +471,13 @@ def test_a_search_of_another_user_leaves_a_study_the_cache_that_it_does_not_use(
         pass
     assert used().data.cache_dir is None
     assert used(trust_paths=True).data.cache_dir == str(tmp_path / "large")
-    assert study_recipe(tmp_path / "study").search.trials == 9
+    assert study_recipe(tmp_path / "study", log_of(tmp_path / "study")).search.trials == 9
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
     with open_study(tmp_path / "study", used(trust_paths=True)):
         pass
     with open_study(tmp_path / "study", RECIPE):  # who has written it says so anew
         pass
-    assert study_recipe(tmp_path / "study").data.cache_dir is None
+    assert study_recipe(tmp_path / "study", log_of(tmp_path / "study")).data.cache_dir is None
 
 
 def test_the_command_of_a_refusal_may_have_braces(tmp_path, monkeypatch):
@@ -537,7 +539,7 @@ def test_lines_of_a_local_file_come_into_a_strangers_bucket_only_with_trust_path
     for words in (["resume", address], ["evaluate", address]):
         assert crash_host.call(words) == 0, "this machine has written it"
     copy, more = fetched(address), {"search": {"trials": 9}, "resources": {"threads": 1}}
-    kept = study_recipe(copy)
+    kept = study_recipe(copy, log_of(copy))
     for change, is_known in (
         (more, True),
         ({"data": {"cache_gb": 1e-9}}, False),

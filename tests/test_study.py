@@ -21,7 +21,8 @@ from carft_ray.recipe.loading import apply
 from carft_ray.study import attributes, opening
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import best_row
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.study import LOST_ATTEMPTS
 
 
@@ -43,13 +44,13 @@ def test_baselines_come_first_and_what_was_told_is_in_the_rows_and_in_optuna(stu
     for spec in specs[1:]:
         assert 1e-5 <= spec.values["learning_rate"] <= 1e-2
         assert spec.name == trial_name(spec.number, spec.values)
-    rows = trials(study_dir)
+    rows = snapshot(study_dir).trials
     assert [row.objective for row in rows] == [0.0, 0.1, 0.2]
     assert {(row.outcome, row.alpha, row.metrics["id_accuracy"], row.elapsed_s) for row in rows} == {
         ("complete", 0.4, 0.7, 2.0)
     }
     assert best_row(rows).number == 2
-    beside = {row.name: row for row in baselines(study_dir)}
+    beside = {row.name: row for row in snapshot(study_dir).baselines}
     assert set(beside) == {"plain", "zero_shot"}
     assert (beside["zero_shot"].objective, beside["plain"].values) == (0.25, {"kl_weight": 0})
     search = optuna_study(study_dir)
@@ -66,7 +67,7 @@ def test_the_time_of_a_training_includes_its_earlier_attempts(study_dir):
         again = study.next()
         write_result(study_dir, again, 0.5)  # of 2 s
         assert study.settle(again, spent=study.spent(again, 3.0, 0.0)).elapsed_s == 62.0
-    assert [row.elapsed_s for row in trials(study_dir)] == [62.0]
+    assert [row.elapsed_s for row in snapshot(study_dir).trials] == [62.0]
 
 
 def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_comes_back(study_dir):
@@ -102,14 +103,14 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
             assert answer == ("advanced" if attempt == 1 else "repeated" if attempt < LOST_ATTEMPTS else "set aside")
         finish(study, study.next())  # the others go on
         assert study.done()
-        assert [row.name for row in study.set_aside()] == [spec.name]
-    row, _ = trials(study_dir)
+        assert [row.name for row in study.rows() if row.set_aside] == [spec.name]
+    row, _ = snapshot(study_dir).trials
     assert (row.outcome, row.set_aside) == ("running", True)
     assert row.reason == "5 attempts in a row made no progress; the last: the process died"
     log = (spec.folder(study_dir) / "log.txt").read_text()
     assert log.index("attempt 1: lost: the process died") < log.index("Traceback of the other rank")
     with searching(study_dir, make_recipe(2, baselines={})) as study:
-        assert study.set_aside() == []
+        assert not any(row.set_aside for row in study.rows())
         again = study.next()
         assert (again.name, again.attempt) == (spec.name, LOST_ATTEMPTS + 1)
         assert study.lost(again, "the process died") == "advanced"  # it has as many attempts as before
@@ -221,7 +222,7 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
         with searching(part, recipe) as study:
             go_on(study)
         assert told(part) == expected, number
-        assert sum(row.attempt - 1 for row in trials(part) + baselines(part)) <= 1
+        assert sum(row.attempt - 1 for row in snapshot(part).trials + snapshot(part).baselines) <= 1
 
 
 STEPS = st.sampled_from(["ask", "ask", "finish", "result", "lose", "raise"])
@@ -256,8 +257,8 @@ def test_whatever_happens_each_training_is_told_once_with_its_values(searches):
                         row = study.settle(spec, failed(spec, "error"))
                     ended |= {spec.name: row} if row else {}
         run_search(study_dir, make_recipe(num_trials))
-        rows = {row.name: row for row in trials(study_dir) + baselines(study_dir)}
-        assert [row.number for row in trials(study_dir)] == list(range(num_trials))
+        rows = {row.name: row for row in snapshot(study_dir).trials + snapshot(study_dir).baselines}
+        assert [row.number for row in snapshot(study_dir).trials] == list(range(num_trials))
         assert {name: rows[name] for name in ended} == ended
         assert {name: rows[name].values for name in asked} == asked
         assert {row.outcome for row in rows.values()} <= {"complete", "error"}
@@ -272,7 +273,7 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     with pytest.raises(UsageError, match=told), open_study(tmp_path, make_recipe()):
         pass
     with pytest.raises(StorageError, match="must be a study"):
-        trials(tmp_path)
+        snapshot(tmp_path)
     assert {path.name for path in contents(tmp_path)} == {"thesis.tex"}
 
 
@@ -290,7 +291,7 @@ def test_a_log_with_operations_of_another_optuna_is_one_message_and_nothing_is_c
     rewrite(study_dir, [{**each, "operations": [operation]} for each in commits(study_dir)])
     message = "log: must be the log of a study(.|\n)*the results of finished trials are still in trials/"
     before = contents(study_dir)
-    for use in (lambda: begin_and_end(study_dir, make_recipe()), lambda: trials(study_dir)):
+    for use in (lambda: begin_and_end(study_dir, make_recipe()), lambda: snapshot(study_dir).trials):
         with pytest.raises(StorageError, match=message) as caught:
             use()
         assert caught.value.exit_code == 5
@@ -306,7 +307,7 @@ def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
         study.next()
     with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7)):
         raise DataError("unfit")
-    assert len(baselines(study_dir)) == 1
+    assert len(snapshot(study_dir).baselines) == 1
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])

@@ -22,7 +22,7 @@ from bucket_server import DONE_503, HALF, LATE, LOST, SLOW, bucket_server, refus
 from debug_search import told
 
 from carft_ray.study.place import pull
-from carft_ray.study.rows import baselines, confirmations, trials
+from carft_ray.study.snapshot import snapshot
 
 COMMANDS = {"search": ["search", "study", "6"], "more": ["resume", "study", "8"], "confirm": ["confirm", "study"]}
 BEFORE = {"more": "search", "confirm": "more"}  # each begins with the study that another one has left
@@ -106,7 +106,7 @@ def check(name, place, answers, calm):
     check_whole(name, study_dir, calm)
     rows = told(study_dir)
     assert all(row in rows for row in json.loads(look["log"]) if row[0] == "ledger" or row[4] != "running"), name
-    assert sum(row.attempt - 1 for kind in (trials, baselines, confirmations) for row in kind(study_dir)) <= 1, name
+    assert sum(row.attempt - 1 for row in snapshot(study_dir).rows) <= 1, name
 
 
 def check_whole(name, study_dir, calm):
@@ -164,11 +164,11 @@ def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_lose_nothing(
     for name, (place, answers) in found.items():
         check(name, place, answers, calm[command_of(name)] / "study")
     print(f"kills around {len(jobs)} moments: {dict(kills)}; lost 0, twice 0, wedged 0")
-    outcomes = [Counter(row.outcome for row in trials(place / "study")) for place in calm.values()]
+    outcomes = [Counter(row.outcome for row in snapshot(place / "study").trials) for place in calm.values()]
     assert outcomes[0] == {"complete": 4, "diverged": 1, "pruned": 1}
     assert outcomes[1] == outcomes[2]
     assert sum(outcomes[1].values()) == 8
-    assert [row.outcome for row in confirmations(calm["confirm"] / "study")] == ["complete"] * 4
+    assert [row.outcome for row in snapshot(calm["confirm"] / "study").confirmations] == ["complete"] * 4
 
 
 @pytest.mark.timeout(5400)
@@ -212,7 +212,7 @@ def test_a_search_in_a_folder_with_ray_killed_at_its_start_goes_on(tmp_path):
         assert code == -signal.SIGKILL, output
         killed_searches.kill_group(killed)
         killed_searches.finished(killed_searches.started(search))
-        assert [row.outcome for row in trials(study_dir)] == ["complete"] * 2
-        assert sorted(row.outcome for row in baselines(study_dir)) == ["complete", "complete"]
+        assert [row.outcome for row in snapshot(study_dir).trials] == ["complete"] * 2
+        assert sorted(row.outcome for row in snapshot(study_dir).baselines) == ["complete", "complete"]
         killed_searches.check_told_once(study_dir)
     print(f"kills with Ray: {len(numbers)}; wedged 0")

@@ -15,9 +15,8 @@ import verbs_host
 from bucket_server import bucket_server
 from hosts import Host
 
-from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import pull
-from carft_ray.study.rows import trials
+from carft_ray.study.snapshot import snapshot
 
 OF_ATTEMPT = re.compile(r"study/(trials|baselines)/[^/]+/.+/")  # what an attempt leaves that does not count any more
 PACK = "study/log/pack-00000001"  # a copy of commits, which is not believed unless it is of the log
@@ -82,7 +81,7 @@ def test_a_search_that_fell_asleep_at_a_write_while_another_machine_took_over_ch
     assert {name for name, data in before.items() if after.get(name) != data} <= {PACK}
     assert {name for name in after.keys() - before.keys() if not OF_ATTEMPT.match(name)} == set()
     pull(server.address("study"), tmp_path / "back")
-    rows = trials(tmp_path / "back")
+    rows = snapshot(tmp_path / "back").trials
     assert Counter(row.outcome for row in rows) == {"complete": 5}
     assert [row.number for row in rows] == [0, 1, 2, 3, 4]
 
@@ -116,4 +115,4 @@ def test_a_read_that_fell_asleep_while_another_machine_ended_it_spends_no_second
     if first.ended():
         lost(first)
     assert json.loads((study / "test" / "summary.json").read_text()) == before
-    assert [(each.number, each.purpose) for each in read_ledger(study)] == [(1, "test")]
+    assert [(each.number, each.purpose) for each in snapshot(study).ledger] == [(1, "test")]

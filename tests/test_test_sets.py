@@ -39,9 +39,10 @@ from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.stages import PlanRow, Stage, write_plan
 from carft_ray.results.test_summary import read_lines
 from carft_ray.results.verdict_card import verdict
-from carft_ray.study.ledger import Entry, read_ledger
+from carft_ray.study.ledger import Entry
 from carft_ray.study.opening import open_study
-from carft_ray.study.rows import baselines, best_row, confirmations, trials
+from carft_ray.study.rows import best_row
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of
 
 pytestmark = pytest.mark.slow
@@ -115,7 +116,7 @@ def right(study, name, domain, alpha):
 
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
     study, summary, out, err = read
-    best, others = best_row(trials(study)), {row.name: row for row in baselines(study)}
+    best, others = best_row(snapshot(study).trials), {row.name: row for row in snapshot(study).baselines}
     expected = [(best.name, "winner", best.alpha)] + [(row.name, "baseline", row.alpha) for row in others.values()]
     assert sorted((row["name"], row["role"], row["alpha"]) for row in summary["rows"]) == sorted(expected)
     assert summary["sets"] == {name: count for name, (_, count) in SETS.items()}
@@ -125,7 +126,7 @@ def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alp
         assert [alphas(table, set_name) for set_name in SETS] == [[alpha]] * len(SETS)
     assert re.search(rf"^{best.name} .*winner", out, re.M)
     assert all(words in err for words in ("1/3 zero_shot", "Next:", "Test read 1"))
-    [entry] = read_ledger(study)
+    [entry] = snapshot(study).ledger
     assert (entry.purpose, entry.sets, entry.reason) == ("test", tuple(SETS), "")
     assert summary["subject"] == "model"  # one training each: nothing is said about their values
     assert {gap["other"] for gap in summary["baselines"]} == {*others}
@@ -161,12 +162,12 @@ def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     added = commits(study)[len(commits(folder / "study")) :]
     assert [record["kind"] for commit in added for record in commit["records"]] == ["owner", "ledger", "released"]
     assert not [commit for commit in added if commit["operations"]]
-    assert trials(study) == trials(folder / "study")
+    assert snapshot(study).trials == snapshot(folder / "study").trials
 
 
 @pytest.mark.parametrize("words", ["test study", "resume study --trials +1"])
 def test_without_a_reason_a_second_read_or_more_trials_are_refused_and_nothing_is_written(run, again, words):
-    [entry] = read_ledger(again)
+    [entry] = snapshot(again).ledger
     before = contents(again)
     code, out, err = run(*words.split())
     assert (code, out) == (8, "")
@@ -188,7 +189,7 @@ def test_a_reason_reads_once_more_and_is_counted(run, again, read, is_cut_off):
     assert any(line.startswith("Test read 2") and "reason: a reviewer asked" in line for line in read_lines(summary))
     assert summary.pop("study") == str(again)
     assert json.loads((again / "test" / "summary.json").read_text()) == summary
-    assert [entry.reason for entry in read_ledger(again)] == ["", "a reviewer asked"]
+    assert [entry.reason for entry in snapshot(again).ledger] == ["", "a reviewer asked"]
     assert run("test", "study")[0] == 8
 
 
@@ -196,7 +197,7 @@ def test_a_read_after_the_search_went_on_says_so(run, again):
     recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
     assert goes_on(again, recipe, "a wider range")
     short_sealed.search(again, recipe)
-    assert len(trials(again)) == 3
+    assert len(snapshot(again).trials) == 3
     summary = summary_of(run, again, "--again", "after a wider range")
     assert "The search was continued once after a test read." in read_lines(summary)
     assert summary["ledger_line"] == 3
@@ -294,7 +295,7 @@ def test_a_killed_read_does_not_go_on_with_other_images(run, again, read, folder
     assert code == 8
     assert "cartoon: must have the images with which this read began, but got others" in " ".join(err.split())
     assert f"carft-ray test {again} --again REASON" in " ".join(err.split())
-    assert len(read_ledger(again)) == 1
+    assert len(snapshot(again).ledger) == 1
     assert run("test", "study")[0] == 0
 
 
@@ -317,24 +318,24 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not predicted again
     for path in ("summary.json", "read-1/summary.json"):
         assert json.loads((again / "test" / path).read_text()) == read[1]
-    assert len(read_ledger(again)) == 1
+    assert len(snapshot(again).ledger) == 1
 
 
 def test_an_ablation_is_shown_at_the_alpha_that_suits_it_best_too_and_takes_no_part_in_the_family(here):
     study, recipe = here / "study", load_recipe(here / "study" / "resolved.yaml")
-    best = best_row(trials(study))
+    best = best_row(snapshot(study).trials)
     winner = PlanRow(best.name, "winner", best.name, 0.6, best.values, 0.3)
     [ablation] = stages.without_penalties(recipe, winner)
     stage = Stage(best.name, (101, 102), (winner, ablation))
     write_plan(study, stage, None)
     short_sealed.confirm(study, stage.trainings())
-    rows = [row for row in confirmations(study) if row.name.startswith(f"{ablation.training}-seed")]
+    rows = [row for row in snapshot(study).confirmations if row.name.startswith(f"{ablation.training}-seed")]
     curves = [{point["alpha"]: point["objective"] for point in result_of(study, row)["curve"]} for row in rows]
     assert [*curves[0]] == list(recipe.search.alpha.measured)
     means = {alpha: np.mean([curve[alpha] for curve in curves]) for alpha in curves[0] if alpha}
     best_alpha, *_, other = sorted(means, key=means.get, reverse=True)
     for alpha, expected in ((best_alpha, [best_alpha]), (other, [other, best_alpha])):
-        summary = summarise(study, recipe, replace(stage, rows=(winner, replace(ablation, alpha=alpha))), None)
+        summary = summarise(snapshot(study), replace(stage, rows=(winner, replace(ablation, alpha=alpha))), None)
         found = [row for row in summary["rows"] if row["role"] == "ablation"]
         assert [row["alpha"] for row in found] == expected
         assert [row["objective"]["mean"] for row in found] == pytest.approx([means[each] for each in expected])
@@ -344,7 +345,8 @@ def test_an_ablation_is_shown_at_the_alpha_that_suits_it_best_too_and_takes_no_p
 
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, here):
     study = here / "study"
-    best, plain = best_row(trials(study)), next(row for row in baselines(study) if row.name == "plain")
+    before = snapshot(study)
+    best, plain = before.best, next(row for row in before.baselines if row.name == "plain")
     rows = (
         PlanRow("plain, alpha 1", "baseline", "plain", 1.0, plain.values, 0.1),
         PlanRow("plain", "baseline", "plain", plain.alpha, plain.values, 0.2),
@@ -358,9 +360,9 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
     code, _, err = run("test", "study")
     assert code == 6
     assert "one without all seeds of" in err
-    assert read_ledger(study) == []
+    assert snapshot(study).ledger == []
     short_sealed.confirm(study, trainings)
-    summarise(study, load_recipe(study / "resolved.yaml"), stage, None)
+    summarise(snapshot(study), stage, None)
     summary = summary_of(run, study)
     assert (summary["confirmed"], summary["seeds"]) == (True, [101, 102])
     seeds = {best.name: 2, "plain, alpha 1": 2, "plain": 2, "zero_shot": 0}
@@ -382,7 +384,7 @@ def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, fol
     def refused(code, told):
         found, _, err = run("test", "study")
         assert (found, told in err) == (code, True), err
-        assert read_ledger(study) == []
+        assert snapshot(study).ledger == []
 
     shutil.rmtree(here / "study")
     study, images = short_sealed.copy(folder, here), here / "images" / "cartoon" / "star"
@@ -391,7 +393,7 @@ def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, fol
     images.rename(here / "gone")
     refused(4, "star")
     (here / "gone").rename(images)
-    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
+    (best_row(snapshot(study).trials).place(study) / "fine_tuned.safetensors").unlink()
     refused(5, "its weights were removed")
     change(study, "recipe", lambda recipe: recipe["data"].update({"id_test": None, "ood_test": {}}))
     refused(3, "without data.id_test and data.ood_test")
@@ -407,7 +409,7 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
     assert code == 8
     assert "data.ood_test.cartoon: must not share images with data.train, but it does; it could not be read when" in err
     assert str(test) in err
-    assert read_ledger(here / "study") == []
+    assert snapshot(here / "study").ledger == []
     assert run("resume", "study", "--set", "data.shared_images=keep")[0] == 0
     summary = summary_of(run, here / "study")
     assert summary["shared_images"] == {"data.ood_test.cartoon": {"stays": 1}, "data.train": {"stays": 1}}

@@ -13,7 +13,7 @@ import pytest
 import short_sealed
 from debug_search import half_written
 
-from carft_ray.study.ledger import read_ledger
+from carft_ray.study.snapshot import snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def check(name, place, answer, calm):
         assert "Traceback" not in answer["log"], name
         assert half_written(study_dir) == [], name
     assert told(study_dir) == calm, name
-    assert [(each.number, each.purpose) for each in read_ledger(study_dir)] == [(1, "test")], name
+    assert [(each.number, each.purpose) for each in snapshot(study_dir).ledger] == [(1, "test")], name
     assert [path.name for path in (study_dir / "test").iterdir() if path.is_dir()] == ["read-1"], name
 
 

@@ -18,8 +18,10 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.log import log_of
 from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.warm_start import inherited_reads
 
 
@@ -55,9 +57,9 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
         specs = run_all(study, lambda spec: -1.0)
         (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
     assert [spec.number for spec in specs] == [12, 13, 14]  # three trials of its own were wanted
-    assert [row.name for row in trials(study_dir)] == [spec.name for spec in specs]
+    assert [row.name for row in snapshot(study_dir).trials] == [spec.name for spec in specs]
     assert read_study(study_dir).num_finished == 3
-    assert best_row(trials(study_dir)).objective == -1.0
+    assert best_row(snapshot(study_dir).trials).objective == -1.0
     for theirs, ours in zip(optuna_study(first).trials, taken_in(study_dir), strict=False):
         assert (ours.state, ours.values, ours.params) == (theirs.state, theirs.values, theirs.params)
         assert (ours.constraints, ours.intermediate_values) == (theirs.constraints, theirs.intermediate_values)
@@ -89,11 +91,11 @@ def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned
     write_line(first, recipe_of(13), sets=("id_test",))
     with searching(study_dir, warm(recipe_of(3), first)) as study:
         assert study.notes[-1].endswith(f"of {first} were read once; this also counts for this study")
-    assert inherited_reads(study_dir) == 1
+    assert inherited_reads(study_dir, log_of(study_dir)) == 1
     third = tmp_path / "third"
     with searching(third, warm(recipe_of(4), study_dir)):
         pass
-    assert inherited_reads(third) == 1
+    assert inherited_reads(third, log_of(third)) == 1
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
@@ -155,7 +157,7 @@ def test_what_is_no_other_study_is_refused_with_the_nearest_one_all_at_once(stud
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
         run_search(Plan(warm(recipe_of(2), tmp_path / "nowhere"), study_dir))
     assert (study_dir / "resolved.yaml").read_text() == before, "a refused source is not kept in the recipe"
-    assert study_recipe(study_dir).search.warm_start == ()
+    assert study_recipe(study_dir, log_of(study_dir)).search.warm_start == ()
     shutil.copytree(study_dir, tmp_path / "copy")
     for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
         is_refused = pytest.raises(RecipeError, match=f"must be another study, but got {told}")

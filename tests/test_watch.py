@@ -28,10 +28,12 @@ from carft_ray.launch import events
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.store.attempt_files import append_log, write_result
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import log_at
 from carft_ray.study.records import STOPPING
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import TrialRow, TrialSpec
 from carft_ray.ui import console, live, progress
 from carft_ray.ui.live import SearchView
@@ -95,9 +97,9 @@ def test_a_search_from_its_first_to_its_last_event():
     assert shown(view)[-1].startswith("stopping; saving checkpoints of 2 trainings · 2 of 8 trials finished")
 
 
-def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
+def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured(tmp_path):
     rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
-    view = Overview(Path(), stand_in.make_recipe(2), rows, [])
+    view = Overview(Path(), Log(Folder(tmp_path)), stand_in.make_recipe(2), rows, [])
     table = console.trial_table([view.data(each) for each in rows])
     assert ["alpha 1.00 not shown above chance" in cell for cell in table.columns[-1].cells] == [False, True]
     line = events.TrialFinished(rows[1], is_best=False).line()
@@ -212,7 +214,15 @@ def test_another_process_sees_what_runs_and_watches_until_the_search_or_ctrl_c_e
         [began] = read_study(study_dir).since.values()
         text = " ".join(shown(SearchView.of(read_study(study_dir), clock=lambda: began + 30.2), 140))
         best, counted = read_study(study_dir).best, "5 of 9 trials finished, 1 of them failed · 1 running · "
-        for words in (f"★ {best.name}", trials(study_dir)[-1].name, "diverged", "1/10", "0:30", "56 %", counted):
+        for words in (
+            f"★ {best.name}",
+            snapshot(study_dir).trials[-1].name,
+            "diverged",
+            "1/10",
+            "0:30",
+            "56 %",
+            counted,
+        ):
             assert words in text, text
         assert text.endswith("left")
         watcher = command("status", study_dir, "--watch", "--every", "0.5")
@@ -254,7 +264,7 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path,
             assert found.keys() == {"search", "baselines"}
             assert len(asked()) == 4
             measured = [trial["values"] for trial in asked("baselines")]
-            assert measured == [[row.objective] for row in baselines(study_dir)]
+            assert measured == [[row.objective] for row in snapshot(study_dir).baselines]
             spec = study.next()  # the search goes on
             write_result(spec.place(study_dir), {"objective": 0.9, "alpha": 0.5, "metrics": {}})
             study.settle(spec)
@@ -262,7 +272,7 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path,
             while sum(trial["state"] == "Complete" for trial in asked()) < 4:
                 assert time.monotonic() < end  # the dashboard looks every few seconds
                 time.sleep(0.5)
-            for row, trial in zip(trials(study_dir), asked(), strict=True):
+            for row, trial in zip(snapshot(study_dir).trials, asked(), strict=True):
                 assert trial.get("values") == (None if row.objective is None else [row.objective])
                 drawn = {each["name"]: each["param_external_value"] for each in trial["params"]}
                 assert drawn == {name: str(value) for name, value in row.values.items()}

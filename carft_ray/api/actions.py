@@ -40,6 +40,7 @@ from carft_ray.store.log import log_of
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
 from carft_ray.study.recipe_identity import recipe_for_use, recorded_recipe, study_recipe
+from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.training.own_function import require_trusted
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -120,7 +121,7 @@ def search(
         logger.warning("--trust has no effect: the recipe has no train.function")
     from carft_ray.launch.command import Plan, run_search
     from carft_ray.results.figure import figure_at_the_end
-    from carft_ray.results.search_summary import study_summary
+    from carft_ray.results.search_summary import search_summary
     from carft_ray.ui.progress import search_shown
 
     with (
@@ -128,9 +129,9 @@ def search(
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
         plan = Plan(value, study, address, sent(on_event), runner)
-        result = run_search(replace(plan, change_space=change_space, again=again, around=figure_at_the_end))
-    summary = study_summary(value, result)
-    found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, result.resume_command)
+        ran = run_search(replace(plan, change_space=change_space, again=again, around=figure_at_the_end))
+    summary, folder = search_summary(ran), ran.study.study_dir
+    found = Searched(folder, summary, ran.out_of_budget, tuple(ran.set_aside), ran.resume_command)
     if strict:
         found.check()
     return found
@@ -165,7 +166,7 @@ def resume(
     """
     study = own_folder(study)
     study_dir = study_view.require_study(study)
-    kept = study_recipe(study_dir)
+    kept = study_recipe(study_dir, log_of(study_dir))
     study_view.require_search(study, kept)
     words = override_words(overrides)
     if trials is not None:
@@ -231,7 +232,7 @@ def confirm(
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
     view = study_view.read_study(own_folder(study))
     is_of_bucket = in_bucket(study)  # a log in a folder tells by itself, after a wait, whether a silent holder is gone
-    if view.holder is not None and (is_of_bucket or view.log is None or view.log.is_held_here):
+    if view.holder is not None and (is_of_bucket or view.log.is_held_here):
         step = f"Wait until it ends, or end it: carft-ray stop {shlex.quote(str(study))}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(path) for path in several(against)]
@@ -239,7 +240,6 @@ def confirm(
     recipe = check_recipe(recipe_for_use(view.study_dir, view.recipe, "confirm {}", words, trust_paths))
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
-    from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.command import Plan, run_confirm
     from carft_ray.results import stages
     from carft_ray.results.confirmation import choose, confirm_lines, summarise
@@ -252,9 +252,9 @@ def confirm(
         for note in notes:
             logger.warning("%s", note)
 
-        def train_stage(end: Callable[[], Any]) -> Any:
+        def train_stage(end: Callable[[Snapshot], Any]) -> Any:
             stage = second or first
-            say(stages.cost(study_view.read_study(study_dir), stage))
+            say(stages.cost(snapshot(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
                 plan = Plan(
@@ -269,10 +269,10 @@ def confirm(
                 return run_confirm(plan, end)
 
         if winner == "confirmed":
-            chosen = train_stage(lambda: choose(study_dir, objective_spec(recipe), first))
+            chosen = train_stage(lambda held: choose(held, first))
             second = stages.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
-        summary = train_stage(lambda: summarise(study_dir, recipe, first, second))
+        summary = train_stage(lambda held: summarise(held, first, second))
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
     return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
 

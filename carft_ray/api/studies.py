@@ -30,8 +30,8 @@ from carft_ray import files
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.study_view import read_study, require_study
-from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import baselines, best_first, best_row, trials
+from carft_ray.study.rows import best_first
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import TrialRow
 from carft_ray.ui import console, notebook
 
@@ -84,7 +84,7 @@ class Study:
         Raises:
             RecipeError, StorageError: It cannot be read.
         """
-        return study_recipe(self.path)
+        return snapshot(self.path).recipe
 
     @property
     def best(self) -> TrialRow | None:
@@ -93,7 +93,7 @@ class Study:
         Raises:
             StorageError: The study is damaged.
         """
-        return best_row(trials(self.path))
+        return snapshot(self.path).best
 
     @property
     def baselines(self) -> pa.Table:
@@ -127,7 +127,7 @@ class Study:
         """
         if kind not in ("trial", "baseline"):
             raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
-        return rows_table(trials(self.path) if kind == "trial" else baselines(self.path))
+        return rows_table(snapshot(self.path).of(kind))
 
     def metrics(self, trial: str | int) -> dict[str, float]:
         """Returns the metrics of a finished trial or baseline at its alpha.

@@ -56,7 +56,8 @@ from carft_ray.study.place import DRIVEN, address_in, named
 from carft_ray.study.provenance import made_of, record_provenance
 from carft_ray.study.recipe_identity import recorded_recipe, study_recipe
 from carft_ray.study.recovery import recover_given, recover_running
-from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
+from carft_ray.study.rows import num_finished
+from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.study.study import Study
 from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.words import counted
@@ -119,21 +120,30 @@ class Ran:
     """What has become of a plan.
 
     Attributes:
-        num_before: Trials that were finished before.
+        study: The study at the end, with the recipe of the plan.
+        num_new: Trials that have ended in it; 0 when there was nothing to do.
         elapsed_s: Seconds that it took.
         out_of_budget: Which limit of the budget ended it; empty when nothing is left.
         zero_shot: What ``prepare`` found; empty when there was nothing to do.
         given: What the plan has given.
+        resume_command: Continues it.
     """
 
-    num_before: int
+    study: Snapshot
+    num_new: int
     elapsed_s: float
     out_of_budget: str
     zero_shot: dict[str, Any]
     given: Trainings | None
+    resume_command: str
+
+    @property
+    def set_aside(self) -> list[TrialRow]:
+        """Trials and baselines whose attempts were lost again and again; another search tries them again."""
+        return [row for row in (*self.study.trials, *self.study.baselines) if row.set_aside]
 
 
-def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
+def run(plan: Plan, end: Callable[[Ran], R]) -> R:
     """Claims a study, trains what a plan says, and returns what ``end`` makes of it while the study is held.
 
     When the budget is used up, running trainings are asked to write a checkpoint, and the plan has run. Ctrl-C (or
@@ -141,7 +151,7 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
 
     Args:
         plan: The plan.
-        end: Given the study and how the plan was run; returns the result, or raises why there is none.
+        end: Given how the plan was run; returns the result, or raises why there is none.
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
@@ -191,7 +201,9 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
             if ended == STOPPED:
                 raise interrupted()
             elapsed_s = time.monotonic() - began
-        return end(study, Ran(num_before, elapsed_s, ended, zero_shot, trainings))
+        now = study.snapshot()
+        num_new = now.num_finished - num_before
+        return end(Ran(now, num_new, elapsed_s, ended, zero_shot, trainings, plan.resume_command))
 
 
 def _prepare_all(
@@ -230,7 +242,7 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
         training = f"{FOLDERS[plan.kind]}/{NAME}"
         words = progress_words(study.study_dir / training, study.log.store.known(training))
         return f"it continues from {words}"
-    wanted, finished = _counts(plan, rows_by_kind(study.study_dir)[plan.kind], trainings)
+    wanted, finished = _counts(plan, snapshot(study.study_dir).of(plan.kind), trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
 
 
@@ -306,45 +318,18 @@ def _this_machine(recipe: Recipe) -> Node:
     return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus), asked.accelerator or "")
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search has found.
-
-    Attributes:
-        study_dir: The study directory, absolute.
-        best: The trial with the largest objective.
-        trials: All trials of the study.
-        baselines: Zero-shot and the recipe's baselines.
-        num_new: Trials that ended in this search; 0 when there was nothing to do.
-        elapsed_s: Seconds that this search took.
-        out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
-        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
-        resume_command: Continues the search.
-    """
-
-    study_dir: Path
-    best: TrialRow
-    trials: list[TrialRow]
-    baselines: list[TrialRow]
-    num_new: int
-    elapsed_s: float
-    out_of_budget: str = ""
-    set_aside: tuple[TrialRow, ...] = ()
-    resume_command: str = ""
-
-
-def run_search(plan: Plan) -> SearchResult:
+def run_search(plan: Plan) -> Ran:
     """Runs a search to its end, or resumes one. ``best.yaml`` follows the best trial all the time.
 
     Args:
         plan: The plan; its ``resume_command`` is made here.
 
     Returns:
-        The best trial, and all rows.
+        How it was run; its study has a best trial.
 
     Raises:
         NoSuccessfulTrialError: All trials have failed.
-        MachineError: No trial is complete, and some were set aside (``SearchResult.set_aside``).
+        MachineError: No trial is complete, and some were set aside (``Ran.set_aside``).
         BudgetError: The budget was used up before a trial was complete.
         CarftError: As ``run``.
     """
@@ -352,31 +337,26 @@ def run_search(plan: Plan) -> SearchResult:
     again = f"carft-ray resume {shlex.quote(named(study_dir))}{trust_word(recipe)}"
     again += "" if plan.address is None else f" --address {shlex.quote(plan.address)}"
 
-    def found(study: Study, ran: Ran) -> SearchResult:
-        rows, set_aside = study.rows(), study.set_aside()
-        best = best_row(rows)
-        if best is None and ran.out_of_budget:
-            raise nothing_within_budget(recipe, rows, ran.out_of_budget, again)
-        if best is None and set_aside:
-            raise set_aside_error(set_aside, again)
-        if best is None:
-            raise no_successful_trial(study_dir, rows)
-        num_new, baselines = num_finished(rows) - ran.num_before, study.rows("baseline")
-        return SearchResult(
-            study_dir, best, rows, baselines, num_new, ran.elapsed_s, ran.out_of_budget, tuple(set_aside), again
-        )
+    def found(ran: Ran) -> Ran:
+        if ran.study.best is not None:
+            return ran
+        if ran.out_of_budget:
+            raise nothing_within_budget(recipe, ran.study.trials, ran.out_of_budget, again)
+        if ran.set_aside:
+            raise set_aside_error(ran.set_aside, again)
+        raise no_successful_trial(study_dir, ran.study.trials)
 
     return run(replace(plan, resume_command=again), found)
 
 
-def run_confirm(plan: Plan, end: Callable[[], R]) -> R:
+def run_confirm(plan: Plan, end: Callable[[Snapshot], R]) -> R:
     """Trains what a plan gives, as trials of a search are trained; what is finished already is left alone.
 
     Trainings of one seed share the frozen model's targets: the first one that needs them stores them.
 
     Args:
         plan: The plan.
-        end: Called while the study is still held, so that files that it writes are uploaded, too.
+        end: Given the study while it is still held, so that files that it writes are uploaded, too.
 
     Returns:
         What ``end`` returns.
@@ -387,11 +367,11 @@ def run_confirm(plan: Plan, end: Callable[[], R]) -> R:
         CarftError: As ``run``.
     """
 
-    def found(study: Study, ran: Ran) -> R:
-        rows = [row for row in study.rows("confirm") if row.name in (ran.given or ())]
+    def found(ran: Ran) -> R:
+        rows = [row for row in ran.study.confirmations if row.name in (ran.given or ())]
         if set_aside := [row for row in rows if row.set_aside]:
             raise set_aside_error(set_aside, plan.resume_command)
-        return end()
+        return end(ran.study)
 
     return run(replace(plan, kind="confirm"), found)
 
@@ -418,8 +398,8 @@ def train_once(plan: Plan, resume: bool = False) -> tuple[dict[str, Any], dict[s
     out_dir = plan.study_dir.resolve()
     _check_folder(out_dir, resume)
 
-    def found(study: Study, ran: Ran) -> tuple[dict[str, Any], dict[str, Any]]:
-        [row] = study.rows()
+    def found(ran: Ran) -> tuple[dict[str, Any], dict[str, Any]]:
+        [row] = ran.study.trials
         if row.set_aside:
             raise set_aside_error([row], plan.resume_command)
         if row.outcome == "complete":
@@ -440,7 +420,7 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = "Leave --resume out to start one."
         raise UsageError(Problem(str(out_dir), "must contain a training to resume", "none", next_step=step))
     if not resume and kept is not None:
-        done = best_row(trials(out_dir)) is not None
+        done = snapshot(out_dir).best is not None
         state = "a finished training" if done else "an unfinished training"
         step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))

@@ -215,7 +215,7 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     if view.recipe.data.id_test is None:
         return []
     if not reads:
-        again = AGAIN if inherited_reads(view.study_dir) else ""
+        again = AGAIN if inherited_reads(view.study_dir, view.log) else ""
         return [f"test {folder}{again}"]
     if not (view.study_dir / read_folder(len(reads)) / SUMMARY).exists():  # it was killed, and continues
         return [f"test {folder}"]

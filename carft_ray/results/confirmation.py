@@ -21,40 +21,39 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions, sample_ids
 from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.evidence import AT_ONE, compare, comparison_lines
 from carft_ray.results.stages import TRIALS, PlanRow, Stage, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import values_by_seed
-from carft_ray.study.rows import confirmations
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import TrialRow, file_of
 
 
-def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
+def choose(study: Snapshot, stage: Stage) -> str:
     """Returns the name of the trial with the largest mean objective over the fresh seeds; the first of equals.
 
     Raises:
         NoSuccessfulTrialError: None of them was trained with all seeds.
     """
+    spec = objective_spec(study.recipe)
     means = {
-        row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, row))))
-        for row, trainings in whole_rows(stage, confirmations(study_dir))
+        row.name: float(np.mean(values_by_seed(spec, row_correct(study.study_dir, spec, trainings, row))))
+        for row, trainings in whole_rows(stage, study.confirmations)
         if row.role in TRIALS
     }
     if not means:
         rule = "at least one of the trials must train with all fresh seeds"
-        raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, "none did"))
+        raise NoSuccessfulTrialError(Problem(str(study.study_dir / CONFIRM), rule, "none did"))
     return max(means, key=lambda name: means[name])
 
 
-def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None) -> dict[str, Any]:
+def summarise(study: Snapshot, first: Stage, second: Stage | None) -> dict[str, Any]:
     """Compares the rows of the last stage, writes ``confirm/summary.json`` and returns its content.
 
     A configuration that failed with some seed has no mean over all of them: it is named, and not compared.
 
     Args:
-        study_dir: The study directory.
-        recipe: Its recipe.
+        study: The study.
         first: The first stage.
         second: The second one, of ``--winner confirmed``.
 
@@ -62,7 +61,8 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         NoSuccessfulTrialError: The winner failed with a fresh seed.
         StorageError: Predictions are damaged, or the summary cannot be written.
     """
-    stage, spec, trained = second or first, objective_spec(recipe), confirmations(study_dir)
+    study_dir, recipe, trained = study.study_dir, study.recipe, study.confirmations
+    stage, spec = second or first, objective_spec(recipe)
     failed, whole = _failures(trained, stage), whole_rows(stage, trained)
     winner = next(row for row in stage.rows if row.role == "winner")
     if all(row != winner for row, _ in whole):

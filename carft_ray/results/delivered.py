@@ -23,8 +23,9 @@ from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.study.ledger import fixed_in, read_folder, read_ledger, reads_of
 from carft_ray.study.records import LEDGER
-from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, num_finished, require_finished
-from carft_ray.study.training import Kind, TrialRow, result_of
+from carft_ray.study.rows import ZERO_SHOT, require_finished
+from carft_ray.study.snapshot import Snapshot, snapshot
+from carft_ray.study.training import TrialRow, result_of
 from carft_ray.words import counted
 
 Standing = Literal["tested", "fixed", "confirmed", "searched", "other"]
@@ -41,50 +42,40 @@ STANDING: dict[Standing, str] = {
 Model = dict[str, Any]
 
 
-def delivered(
-    study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]], log: Log | None = None
-) -> tuple[Model, Standing]:
+def delivered(study: Snapshot) -> tuple[Model, Standing]:
     """Returns the model that a study delivers, and what has been done with it.
-
-    Args:
-        study_dir: The study directory.
-        rows: All its trainings.
-        log: Its log, where it has been read already.
 
     Raises:
         NoSuccessfulTrialError: No trial has finished.
         HoldOutError, StorageError: The study is damaged.
     """
-    reads = reads_of(read_ledger(study_dir, log))
+    reads = reads_of(read_ledger(study.study_dir, study.log))
     if reads and "rows" in reads[-1].details:
         details = fixed_in(reads[-1])
         if fixed := details.get("models") or ([] if details["confirmed"] else details["rows"]):
             of_earlier_releases = {"trial": fixed[0]["name"], "sha256": None, "chosen_from": 0}
             model = typed.checked(typed.Model, {**of_earlier_releases, **fixed[0]}, LEDGER)
-            has_ended = files.exists(study_dir / read_folder(len(reads)) / SUMMARY)
+            has_ended = files.exists(study.study_dir / read_folder(len(reads)) / SUMMARY)
             return model, "tested" if has_ended else "fixed"
-    stages = read_plan(study_dir)
-    if stages and (found := models_of_confirm(study_dir, rows, *stages)):
+    stages = read_plan(study.study_dir)
+    if stages and (found := models_of_confirm(study, *stages)):
         return found[0], "confirmed"
-    return models_of_search(study_dir, rows)[0], "searched"
+    return models_of_search(study)[0], "searched"
 
 
-def models_of_search(study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]]) -> list[Model]:
+def models_of_search(study: Snapshot) -> list[Model]:
     """Returns the models of a search, the best trial first, then its baselines: one training each.
 
     Raises:
         NoSuccessfulTrialError: No trial has finished.
         StorageError: A result is missing or damaged.
     """
-    best = require_finished(study_dir, best_row(rows["trial"]))
-    found = [(best, "winner", num_finished(rows["trial"]))]
-    found += [(row, "baseline", int(row.name != ZERO_SHOT)) for row in rows["baseline"] if row.objective is not None]
-    return [_model(study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num) for row, role, num in found]
+    found = [(require_finished(study.study_dir, study.best), "winner", study.num_finished)]
+    found += [(row, "baseline", int(row.name != ZERO_SHOT)) for row in study.baselines if row.objective is not None]
+    return [_model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num) for row, role, num in found]
 
 
-def models_of_confirm(
-    study_dir: Path, rows: Mapping[Kind, Sequence[TrialRow]], first: Stage, second: Stage | None
-) -> list[Model]:
+def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> list[Model]:
     """Returns the models after a confirm, the winner's first; none if the winner lacks a training with a fresh seed.
 
     The search's own training counts while the study keeps its weights; that of another study's winner does not.
@@ -92,11 +83,11 @@ def models_of_confirm(
     Raises:
         StorageError: A result is missing or damaged.
     """
-    last = second or first
-    own = {row.name: row for kind in ("baseline", "trial") for row in rows[kind] if row.outcome == "complete"}
-    if not any(row.role == "winner" and trained for row, trained in whole_rows(last, rows["confirm"])):
+    last, study_dir = second or first, study.study_dir
+    own = {row.name: row for row in (*study.baselines, *study.trials) if row.outcome == "complete"}
+    if not any(row.role == "winner" and trained for row, trained in whole_rows(last, study.confirmations)):
         return []
-    complete = {row.name: row for row in rows["confirm"] if row.outcome == "complete"}
+    complete = {row.name: row for row in study.confirmations if row.outcome == "complete"}
     fresh: dict[str, list[TrialRow]] = {}
     for stage in filter(None, (first, second)):
         for row in stage.rows:
@@ -196,8 +187,8 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
         NoSuccessfulTrialError, UsageError: As ``open_finished``.
         HoldOutError, StorageError: The study is damaged, or has other weights than the ledger.
     """
-    log, rows = log_and_rows(study_dir)
-    model, standing = delivered(study_dir, rows, log) if trial is None or best_row(rows["trial"]) else (None, None)
+    study = snapshot(study_dir)
+    model, standing = delivered(study) if trial is None or study.best else (None, None)
     finished = open_finished(study_dir, model["trial"] if model and trial is None else trial, "--trial")
     is_it = model is not None and finished.name == model["trial"]
     own = model["alpha"] if model and is_it else finished.result["alpha"]
@@ -209,7 +200,7 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
         return Choice(finished.name, used, "other", sha256, f"{words}{other}")
     require_weights_of(study_dir, finished.row, model)
     about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}: {STANDING[standing]}")
-    return _with_evidence(study_dir, log, about)
+    return _with_evidence(study_dir, study.log, about)
 
 
 def _with_evidence(study_dir: Path, log: Log, about: Choice) -> Choice:

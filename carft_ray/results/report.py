@@ -23,7 +23,7 @@ from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirmation import confirm_lines
 from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
-from carft_ray.results.reading.status_and_ls import front_data, front_lines, num_test_reads
+from carft_ray.results.reading.status_and_ls import front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stages import last_stage
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
@@ -32,7 +32,8 @@ from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, require_finished
-from carft_ray.study.training import Kind, TrialRow
+from carft_ray.study.training import TrialRow
+from carft_ray.study.warm_start import num_test_reads
 from carft_ray.untrusted import csv_cell
 from carft_ray.words import counted, times
 
@@ -132,7 +133,7 @@ def _by_one_number(
     """
     competing = [row for row in trials if row.violation <= best.violation]
     objectives = [row.objective or 0.0 for row in competing]
-    again = confirmed(view.study_dir, spec)
+    again = confirmed(view, spec)
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
     image, seed = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
     corrected = correct_best(objectives, image + (seed or 0.0))
@@ -161,12 +162,7 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
     It was chosen by its objective, among all trainings and alphas that were tried: ``corrected`` is without the bias of
     that choice. A file keeps its seed, so the noise is that of the images. None in a Pareto search.
     """
-    known: dict[Kind, list[TrialRow]] = {
-        "trial": view.trials,
-        "baseline": view.baselines,
-        "confirm": view.confirmations,
-    }
-    model, standing = delivered(view.study_dir, known, view.log)
+    model, standing = delivered(view)
     stage = last_stage(view.study_dir)
     fresh = [row for row in view.confirmations if stage and row.name.startswith(f"{stage.winner}-seed")]
     trained = (*rows, *fresh)

@@ -104,7 +104,7 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     plan = Plan(recipe, out_dir, None, on_event, replace(RUNNER, prepare=prepare, train=train), shared=shared)
     try:
         if finished.is_zero_shot:
-            run(replace(plan, given=lambda study: {}, alone=True), lambda study, ran: None)
+            run(replace(plan, given=lambda study: {}, alone=True), lambda ran: None)
         else:
             train_once(plan)
     except InterruptedRunError:

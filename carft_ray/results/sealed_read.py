@@ -45,7 +45,8 @@ from carft_ray.study.holding import check_fit, held
 from carft_ray.study.place import named
 from carft_ray.study.provenance import made_of
 from carft_ray.study.recipe_identity import recipe_for_use, resume_command, study_recipe
-from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
+from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.study.training import TrialRow
 from carft_ray.study.uploads import open_log, uploading
 from carft_ray.study.warm_start import inherited_reads
@@ -81,11 +82,11 @@ def read_sealed(
     """
     ledger.check_reason(reason)
     study_dir = study_view.require_study(study)
-    recipe = recipe_for_use(study_dir, study_recipe(study_dir), "test {}", trust_paths=trust_paths)
-    _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
     log = open_log(study_dir)
     log.follow()
+    recipe = recipe_for_use(study_dir, study_recipe(study_dir, log), "test {}", trust_paths=trust_paths)
+    _require_test_sets(study_dir, recipe)
     _read_to_continue(study_dir, log, reason)  # it may be refused: before anything is written
     with held(log, say), uploading(log):
         files.remove_remains(study_dir)
@@ -97,10 +98,11 @@ def read_sealed(
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
-        compared = compared_rows(study_dir, recipe) if entry is None else ledger.fixed_in(entry)
+        now = dataclasses.replace(snapshot(study_dir, log), recipe=recipe)
+        compared = compared_rows(now) if entry is None else ledger.fixed_in(entry)
         models = compared.get("models") or []  # an earlier carft-ray has fixed none
         runs = _alphas_by_run([*compared["rows"], *models])
-        trained = _trainings(study_dir, runs.keys() - {ZERO_SHOT})
+        trained = _trainings(now, runs.keys() - {ZERO_SHOT})
         for row in trained.values():
             require_weights(study_dir, row, recipe)
         for model in models:
@@ -285,17 +287,17 @@ def _alphas_by_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return runs
 
 
-def _trainings(study_dir: Path, names: Iterable[str]) -> dict[str, TrialRow]:
+def _trainings(study: Snapshot, names: Iterable[str]) -> dict[str, TrialRow]:
     """Returns trainings by their folder in the study.
 
     Raises:
         StorageError: A line of the ledger names one that the study has not.
     """
-    known = {row.training: row for group in rows_by_kind(study_dir).values() for row in group}
+    known = {row.training: row for row in study.rows}
     for name in names:
         if name not in known:
             rule = "the ledger must name trainings of the study"
-            raise StorageError(Problem(str(study_dir / COMMITS), rule, visible(repr(name))))
+            raise StorageError(Problem(str(study.study_dir / COMMITS), rule, visible(repr(name))))
     return {name: known[name] for name in names}
 
 

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from carft_ray.launch.command import SearchResult
+from carft_ray.launch.command import Ran
 from carft_ray.layout import BEST, FIGURE_PNG
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.evidence import headline_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines, pruner_quality
@@ -12,49 +11,52 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import of_search, read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
-from carft_ray.study.rows import best_first
+from carft_ray.study.rows import best_first, require_finished
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.words import counted
 
 
-def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
-    """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
-    view = Overview(result.study_dir, recipe, result.trials, result.baselines)
+def search_summary(ran: Ran) -> dict[str, Any]:
+    """Returns counts, rows (baselines, then trials from the best down) and the lines that sum a search up."""
+    study = ran.study
+    view, recipe = Overview(study.study_dir, study.log, study.recipe, study.trials, study.baselines), study.recipe
     rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
     return {
-        "study": named(result.study_dir),
+        "study": named(study.study_dir),
         "trials": view.counts(),
-        "pruner": pruner_quality(recipe.search.pruner, result.trials),
-        "new_trials": result.num_new,
-        "elapsed_s": round(result.elapsed_s, 1),
+        "pruner": pruner_quality(recipe.search.pruner, study.trials),
+        "new_trials": ran.num_new,
+        "elapsed_s": round(ran.elapsed_s, 1),
         "best": next(row for row in rows if row["best"]),
         "rows": rows,
-        "front": front_data(recipe, result.trials),
-        "lines": _lines(recipe, result),
-        "budget": {"used_up": bool(result.out_of_budget), "line": budget_line(recipe, result)},
-        "best_recipe": str(result.study_dir / BEST),
-        "figure": str(result.study_dir / FIGURE_PNG),
+        "front": front_data(recipe, study.trials),
+        "lines": _lines(study),
+        "budget": {"used_up": bool(ran.out_of_budget), "line": budget_line(ran)},
+        "best_recipe": str(study.study_dir / BEST),
+        "figure": str(study.study_dir / FIGURE_PNG),
     }
 
 
-def budget_line(recipe: Recipe, result: SearchResult) -> str:
+def budget_line(ran: Ran) -> str:
     """Returns what a search that its budget has ended leaves unfinished, in a sentence; empty when it was not."""
-    if not result.out_of_budget:
+    if not ran.out_of_budget:
         return ""
-    begun = [row.name for row in result.trials if row.outcome == "running"]
-    wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
+    begun = [row.name for row in ran.study.trials if row.outcome == "running"]
+    wanted, finished = num_trials(ran.study.recipe), len(ran.study.trials) - len(begun)
     stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume continues them" if begun else ""
     done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"
-    return f"The search has ended early: {result.out_of_budget}. {done}."
+    return f"The search has ended early: {ran.out_of_budget}. {done}."
 
 
-def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
-    best, front = result.best, front_data(recipe, result.trials)
+def _lines(study: Snapshot) -> list[str]:
+    recipe, best = study.recipe, require_finished(study.study_dir, study.best)
+    front = front_data(recipe, study.trials)
     value = f"objective {100 * (best.objective or 0):.1f} %"
     if front is not None:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
-    rivals = [row for row in result.baselines if row.objective is not None]
-    spec, chosen, _ = read_stored(result.study_dir, [best, *rivals], recipe)
+    rivals = [row for row in study.baselines if row.objective is not None]
+    spec, chosen, _ = read_stored(study.study_dir, [best, *rivals], recipe)
     return [
         *front_lines(front),
         *constraint_lines(best),

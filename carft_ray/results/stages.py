@@ -25,15 +25,15 @@ from carft_ray.recipe.schema.data import CACHE_KEYS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.evidence import AT_ONE
-from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study import typed
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.place import named
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.study import Study
 from carft_ray.study.training import TrialRow, require_name
-from carft_ray.study.warm_start import source_id
+from carft_ray.study.warm_start import num_test_reads, source_id
 from carft_ray.words import counted, times
 
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
@@ -225,15 +225,15 @@ def plan(
     return replace(first, rows=(*first.rows, *kept)), notes
 
 
-def cost(view: Overview, stage: Stage) -> str:
+def cost(study: Snapshot, stage: Stage) -> str:
     """Returns what training the rest of a stage takes, in a sentence."""
-    done = {row.name for row in view.confirmations if row.outcome != "running"}
+    done = {row.name for row in study.confirmations if row.outcome != "running"}
     missing = [name for name in stage.trainings() if name not in done]
     if not missing:
         return f"All {len(stage.trainings())} trainings with fresh seeds already exist."
     configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
     text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
-    seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
+    seconds = [row.elapsed_s for row in (*study.trials, *study.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
     if seconds:
         text += f" of about {sum(seconds) / len(seconds):.0f} s each"
     return text + "."

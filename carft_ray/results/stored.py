@@ -25,7 +25,8 @@ from carft_ray.results.evidence import LABELS, Subject, compare, judged
 from carft_ray.results.stages import TRIALS, read_plan, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
-from carft_ray.study.rows import ZERO_SHOT, confirmations
+from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import TrialRow, file_of
 
 _PARTS = ("rows", "baselines", "others")
@@ -67,11 +68,11 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], recipe: Recipe) -> tu
     return with_images(spec, recipe, ids) if ids else spec, chosen, num_alphas
 
 
-def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str, BoolArray]]]:
+def confirmed(study: Snapshot, spec: ObjectiveSpec) -> list[tuple[str, dict[str, BoolArray]]]:
     """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
 
     Args:
-        study_dir: The study directory.
+        study: The study.
         spec: The objective over the validation sets.
 
     Returns:
@@ -81,12 +82,11 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str,
         StorageError: The plan or predictions cannot be read.
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
-    stages = [stage for stage in read_plan(study_dir) or () if stage is not None]
-    trained = confirmations(study_dir) if stages else []
     return [
-        (row.name, row_correct(study_dir, spec, trainings, row))
-        for stage in stages
-        for row, trainings in whole_rows(stage, trained)
+        (row.name, row_correct(study.study_dir, spec, trainings, row))
+        for stage in read_plan(study.study_dir) or ()
+        if stage is not None
+        for row, trainings in whole_rows(stage, study.confirmations)
         if row.role in TRIALS
     ]
 

@@ -37,8 +37,8 @@ from carft_ray.results.statistics.images import with_images
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.place import named
-from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
-from carft_ray.study.training import Kind, TrialRow
+from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import counted, times
 
@@ -51,12 +51,8 @@ _MOST_BYTES, _MOST_SHOWN = 2**20, 3
 OtherRead = dict[str, Any]
 
 
-def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
+def compared_rows(study: Snapshot) -> dict[str, Any]:
     """Returns the rows of a study, of its confirm or else of its search, as the ledger has them.
-
-    Args:
-        study_dir: The study directory.
-        recipe: Its recipe.
 
     Returns:
         ``confirmed``: whether they were trained on fresh seeds after the search; ``seeds`` of data order and views, the
@@ -69,19 +65,18 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
         NoSuccessfulTrialError: The search has no finished trial, or a confirm was begun and is not finished.
         StorageError: The study or the plan of its confirm is damaged.
     """
-    stages, known = read_plan(study_dir), rows_by_kind(study_dir)
+    recipe, stages = study.recipe, read_plan(study.study_dir)
     if stages is not None:
-        return _of_confirm(study_dir, recipe, known, *stages)
-    rows = models_of_search(study_dir, known)
+        return _of_confirm(study, *stages)
+    rows = models_of_search(study)
     missing = lacking(recipe.search.baselines, [row["name"] for row in rows])
     return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows, "models": [], "missing": missing}
 
 
-def _of_confirm(
-    study_dir: Path, recipe: Recipe, known: Mapping[Kind, Sequence[TrialRow]], first: Stage, second: Stage | None
-) -> dict[str, Any]:
+def _of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
-    stage, trained = second or first, known["confirm"]
+    stage, trained = second or first, study.confirmations
+    study_dir, recipe = study.study_dir, study.recipe
     confirmed = read_compared(study_dir, CONFIRM) or {}
     failed = {line.split(":")[0] for line in confirmed.get("failed", ())}
     whole = [row for row, _ in whole_rows(stage, trained)]
@@ -100,7 +95,7 @@ def _of_confirm(
     for row in sorted(whole, key=lambda row: row.role != "winner"):
         runs = [f"{CONFIRM}/{name}" for name in stage.names(row)]  # none of the zero-shot model
         rows.append({"name": row.name, "role": row.role, "alpha": row.alpha, "objective": row.objective, "runs": runs})
-    models = models_of_confirm(study_dir, known, first, second)
+    models = models_of_confirm(study, first, second)
     missing = lacking(stage.baselines(recipe), [row.name for row in whole])
     return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows, "models": models, "missing": missing}
 

@@ -27,7 +27,7 @@ from carft_ray.layout import COMMITS, MANIFEST, TEST_DIR
 from carft_ray.recipe import space
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.log import Log, log_of
+from carft_ray.store.log import Log
 from carft_ray.study import typed
 from carft_ray.study.holding import is_study
 from carft_ray.study.recipe_identity import read_manifest
@@ -97,36 +97,35 @@ class Entry:
     reason: str = ""
 
 
-def read_ledger(study_dir: Path, log: Log | None = None) -> list[Entry]:
+def read_ledger(study_dir: Path, log: Log) -> list[Entry]:
     """Returns the lines of the ledger.
 
     Args:
         study_dir: The study directory.
-        log: Its log, where it has been read already.
+        log: Its log.
 
     Raises:
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: The study cannot be read.
     """
-    log = log or log_of(study_dir)
     if problems := check_ledger(study_dir, log):
         raise HoldOutError(problems)
     return [entry for _, entry in _entries(log)]
 
 
-def check_ledger(study_dir: Path, log: Log | None = None) -> list[Problem]:
+def check_ledger(study_dir: Path, log: Log) -> list[Problem]:
     """Returns what is wrong with the ledger: the log is not the one of which the manifest tells.
 
     Nothing is written. What a kill leaves is no problem. The module says what cannot be found.
 
     Args:
         study_dir: The study directory.
-        log: Its log, where it has been read already.
+        log: Its log.
 
     Raises:
         StorageError: The study cannot be read.
     """
-    noted, log = read_manifest(study_dir).get(LEDGER), log or log_of(study_dir)
+    noted = read_manifest(study_dir).get(LEDGER)
     for _ in range(2):
         entries = _entries(log)
         if noted in (_note(log, entries), _note(log, entries[:-1])):

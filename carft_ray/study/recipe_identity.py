@@ -175,17 +175,16 @@ def require_format(manifest: Any, place: str) -> None:
         raise StorageError(Problem(place, rule, shown(version), next_step=step))
 
 
-def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
+def study_recipe(study_dir: Path, log: Log) -> Recipe:
     """Returns the recipe of a study's last search, to be shown; ``recipe_for_use`` is for what reads its files.
 
     Args:
         study_dir: The study directory.
-        log: Its log, where it has been read already.
+        log: Its log.
 
     Raises:
         StorageError: The log has none, or one that carft-ray has not written; or it cannot be read.
     """
-    log = log or log_of(study_dir)
     recipe = recorded_recipe(study_dir, log)
     if recipe is None:
         value, step = unbegun(log, named(study_dir))
@@ -219,7 +218,7 @@ def resume_command(study_dir: Path) -> str:
     Raises:
         StorageError: As ``study_recipe``.
     """
-    folder, recipe = shlex.quote(named(study_dir)), study_recipe(study_dir)
+    folder, recipe = shlex.quote(named(study_dir)), study_recipe(study_dir, log_of(study_dir))
     if not recipe.search.space:
         here = shlex.quote(str(study_dir))  # a recipe is a file, where the study is in a bucket, too
         return f"carft-ray train {here}/{RESOLVED} --out {folder} --resume{trust_word(recipe)}"

@@ -1,4 +1,4 @@
-"""The tables of a study: its trials as rows, read from its log without claiming it and without writing."""
+"""The trainings of a study as rows, made of what Optuna keeps in its log (``snapshot`` reads all of a study)."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import COMMITS
 from carft_ray.store.commit import uncollected
-from carft_ray.store.log import Log, log_of
+from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
 from carft_ray.study import front, typed
-from carft_ray.study.holding import is_study
 from carft_ray.study.recipe_identity import resume_command
 from carft_ray.study.training import Kind, TrialRow
 from carft_ray.untrusted import require_plain
@@ -25,51 +24,6 @@ Found = TypeVar("Found")
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
 SAME_NAMES = (attr.ALPHA, attr.AT_CHANCE, attr.DIGEST, attr.MEASURED)  # attributes that a row has, too
-
-
-def trials(study_dir: Path) -> list[TrialRow]:
-    """Reads a study's trials and writes nothing; ``running`` ones may run, wait, or belong to a dead search.
-
-    Raises:
-        StorageError: There is no study, or its log is damaged.
-    """
-    return rows_by_kind(study_dir)["trial"]
-
-
-def baselines(study_dir: Path) -> list[TrialRow]:
-    """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
-    return rows_by_kind(study_dir)["baseline"]
-
-
-def confirmations(study_dir: Path) -> list[TrialRow]:
-    """Reads the trainings with fresh seeds as ``trials`` does; none before a confirm has begun."""
-    return rows_by_kind(study_dir)["confirm"]
-
-
-def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
-    """Reads trials, baselines and trainings of the confirm at once.
-
-    Raises:
-        StorageError: As ``trials``.
-    """
-    return log_and_rows(study_dir)[1]
-
-
-def log_and_rows(study_dir: Path, log: Log | None = None) -> tuple[Log, dict[Kind, list[TrialRow]]]:
-    """Reads the log, from its beginning each time, and what ``rows_by_kind`` returns.
-
-    Args:
-        study_dir: The folder of the study.
-        log: That log, where it has been read by now and no storage of Optuna was opened over it.
-
-    Raises:
-        StorageError: As ``trials``.
-    """
-    if not is_study(study_dir):
-        raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
-    log = log or log_of(study_dir)
-    with readable(log) as storage:
-        return log, all_rows(storage)
 
 
 def all_rows(storage: JournalStorage) -> dict[Kind, list[TrialRow]]:

@@ -41,6 +41,7 @@ from carft_ray.study.journal import Journal
 from carft_ray.study.ledger import fixed_trials
 from carft_ray.study.proposals import pruning, samplers
 from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
@@ -284,10 +285,6 @@ class Study:
         where = f"resume continues from {attempt_files.progress_words(folder, self.log.store.known(spec.training))}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {self.stop.reason}; {where}")
 
-    def set_aside(self) -> list[TrialRow]:
-        """Returns the trainings of all kinds that are set aside."""
-        return [row for kind in self.journal.studies for row in self.rows(kind) if row.set_aside]
-
     def repeat(self, spec: TrialSpec) -> None:
         """Gives the training of an attempt another one, and does not count this one as failed."""
         self.waiting.append(spec)
@@ -329,6 +326,11 @@ class Study:
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:
         """Returns all trials (or baselines, or trainings of the confirm) in the order of their numbers."""
         return rows_of(kind, self.journal.studies[kind])
+
+    def snapshot(self) -> Snapshot:
+        """Returns the study as it is now."""
+        found = rows.all_rows(self._storage)
+        return Snapshot(self.study_dir, self.log, self.recipe, found["trial"], found["baseline"], found["confirm"])
 
     def done(self) -> bool:
         """Tells whether nothing is left to start."""

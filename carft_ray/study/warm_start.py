@@ -58,7 +58,7 @@ def take_in(study: optuna.Study, log: Log, sources: Sequence[Path], recipe: Reci
             notes.append(f"warm start: {name} is a copy of {before[number]['path']}, which is already in use")
             continue
         taken, left_out = _placed(source, number, recipe)
-        reads = len(reads_of(read_ledger(source))) + inherited_reads(source)
+        reads = num_test_reads(source, log_of(source))
         origin = {"id": number, "path": name, "test_reads": reads}
         with log.commit({"kind": TAKEN_IN, **origin, "taken": len(taken), "left_out": left_out}):
             study.add_trials(taken)
@@ -100,19 +100,27 @@ def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
     return sources
 
 
-def inherited_reads(study_dir: Path, log: Log | None = None) -> int:
+def num_test_reads(study_dir: Path, log: Log) -> int:
+    """Returns how often the test sets were read, by studies that this one has learned from too.
+
+    Raises:
+        HoldOutError, StorageError: As ``inherited_reads``.
+    """
+    return len(reads_of(read_ledger(study_dir, log))) + inherited_reads(study_dir, log)
+
+
+def inherited_reads(study_dir: Path, log: Log) -> int:
     """Returns how often test sets were read in the studies that this one has learned from or whose winners are its
     baselines (`confirm --against`), and in theirs.
 
     Args:
         study_dir: The study directory.
-        log: Its log, where it has been read already.
+        log: Its log.
 
     Raises:
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: There is no study, or its log is damaged.
     """
-    log = log or log_of(study_dir)
     found = {number: source.get("test_reads", 0) for number, source in _sources(log).items()}
     for entry in read_ledger(study_dir, log):
         for number, reads in entry.details.get(AGAINST, {}).items():

@@ -180,10 +180,10 @@ def search_shown(
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search reports."""
     from carft_ray.errors import CarftError
-    from carft_ray.study.rows import rows_by_kind
+    from carft_ray.study.snapshot import snapshot
 
     try:
-        return [row for rows in rows_by_kind(study_dir).values() for row in rows]
+        return snapshot(study_dir).rows
     except CarftError:
         return []
 

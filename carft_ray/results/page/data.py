@@ -35,7 +35,6 @@ from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
-from carft_ray.store.log import log_of
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import named
@@ -72,7 +71,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     """
     recipe, best, study_dir = view.recipe, view.best, view.study_dir
     rows = listing(view, by_objective=False)
-    provenance = provenance_of(view.log or log_of(study_dir))
+    provenance = provenance_of(view.log)
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
     predictions, points = _of_best(view)

@@ -1,6 +1,5 @@
 """A finished training as it is on disk: result, predictions, and the recipe and provenance of its study. No torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.results.reading.status_and_ls import placed
 from carft_ray.results.reading.study_view import find_row, require_study
-from carft_ray.study import recipe_identity, typed
+from carft_ray.study import typed
 from carft_ray.study.place import Place
 from carft_ray.study.provenance import provenance_of
-from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, require_finished
-from carft_ray.study.training import Kind, TrialRow, file_of, result_of
+from carft_ray.study.recipe_identity import resume_command
+from carft_ray.study.rows import ZERO_SHOT, require_finished
+from carft_ray.study.snapshot import Snapshot, snapshot
+from carft_ray.study.training import TrialRow, file_of, result_of
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
         StorageError: Manifest, log or result is damaged.
     """
     folder = require_study(place, "must be a study or the folder of a training")
-    log, rows = log_and_rows(folder)
-    base, provenance = recipe_identity.study_recipe(folder, log), provenance_of(log)
-    name, row = _find(folder, rows, trial, argument)
+    study = snapshot(folder)
+    base, provenance = study.recipe, provenance_of(study.log)
+    name, row = _find(study, trial, argument)
     if name == ZERO_SHOT:
         metrics = typed.checked(typed.Prepared, files.read_json(folder, f"{PREPARED}/{PREPARATION}"), PREPARATION)[
             "metrics"
@@ -96,7 +97,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":
-        value, step = "an unfinished or failed one", f"Continue it: {recipe_identity.resume_command(folder)}"
+        value, step = "an unfinished or failed one", f"Continue it: {resume_command(folder)}"
         raise NoSuccessfulTrialError(Problem(f"{folder}:{name}", "must be a finished training", value, next_step=step))
     found = result_of(folder, row)
     try:
@@ -117,15 +118,13 @@ def split_target(written: str) -> tuple[Place, str | None]:
     return folder, trial
 
 
-def _find(
-    study_dir: Path, rows: Mapping[Kind, list[TrialRow]], trial: str | int | None, place: str
-) -> tuple[str, TrialRow]:
+def _find(study: Snapshot, trial: str | int | None, place: str) -> tuple[str, TrialRow]:
     """Returns name and row of a training of a study."""
     trial = None if trial is None else str(trial)
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
-        known, name = {f"{CONFIRM}/{row.name}": row for row in rows["confirm"]}, trial.rstrip("/")
-        require_choice(place, f"must be a training of {study_dir / CONFIRM}", name, known)
+        known, name = {f"{CONFIRM}/{row.name}": row for row in study.confirmations}, trial.rstrip("/")
+        require_choice(place, f"must be a training of {study.study_dir / CONFIRM}", name, known)
         return name, known[name]
-    trained = [*rows["baseline"], *rows["trial"]]
-    row = require_finished(study_dir, best_row(rows["trial"]) if trial is None else find_row(trained, trial, place))
+    trained = [*study.baselines, *study.trials]
+    row = require_finished(study.study_dir, study.best if trial is None else find_row(trained, trial, place))
     return row.name, row

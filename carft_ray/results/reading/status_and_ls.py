@@ -12,17 +12,17 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import AnyPruner
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, studies_in
-from carft_ray.store.log import Log, log_of
+from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import front_of, front_rule, points_of
 from carft_ray.study.holding import stopping
-from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
+from carft_ray.study.ledger import check_ledger
 from carft_ray.study.place import named
 from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.rows import ZERO_SHOT, best_first, best_row
 from carft_ray.study.training import TrialRow
-from carft_ray.study.warm_start import inherited_reads
+from carft_ray.study.warm_start import num_test_reads
 from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
@@ -35,7 +35,7 @@ def status(overview: Overview) -> dict[str, Any]:
     best, rows, front = overview.best, overview.rows, front_data(overview.recipe, overview.trials)
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
-    pruner, log = overview.recipe.search.pruner, overview.log or log_of(overview.study_dir)
+    pruner, log = overview.recipe.search.pruner, overview.log
     return {
         "study": named(overview.study_dir),
         "name": overview.recipe.name,
@@ -79,20 +79,7 @@ def failure_lines(rows: Sequence[TrialRow]) -> list[str]:
     return [f"{failed} failed; {count} of them: {reason}" for reason, count in reasons.most_common(1)]
 
 
-def num_test_reads(study_dir: Path, log: Log | None = None) -> int:
-    """Returns how often the test sets were read, by studies that this one has learned from too.
-
-    Args:
-        study_dir: The study directory.
-        log: Its log, where it has been read already.
-
-    Raises:
-        HoldOutError: The ledger is not as carft-ray has written it.
-    """
-    return len(reads_of(read_ledger(study_dir, log))) + inherited_reads(study_dir, log)
-
-
-def ledger(study_dir: Path, log: Log | None) -> dict[str, Any]:
+def ledger(study_dir: Path, log: Log) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
         problems = check_ledger(study_dir, log)
@@ -105,7 +92,7 @@ def ledger(study_dir: Path, log: Log | None) -> dict[str, Any]:
 def budget(overview: Overview) -> dict[str, Any]:
     """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
     limits = overview.recipe.budget
-    why = stopping(overview.log) if overview.holder is None and overview.log is not None else ""
+    why = stopping(overview.log) if overview.holder is None else ""
     ended = why.removeprefix(BUDGET_STOP) if why.startswith(BUDGET_STOP) else ""
     held_s = overview.held_s
     used_s = None if held_s is None else round(held_s, 1)  # of the search that runs: each has the whole

@@ -15,12 +15,13 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.recipe.space import num_trials
 from carft_ray.store.copy import IMAGES, STATE
-from carft_ray.store.log import SILENT_FOR_S, Log, log_of
+from carft_ray.store.log import SILENT_FOR_S, log_of
 from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
-from carft_ray.study.recipe_identity import require_format, resume_command, study_recipe
-from carft_ray.study.rows import ZERO_SHOT, all_rows, best_row, log_and_rows, readable
+from carft_ray.study.recipe_identity import require_format, resume_command
+from carft_ray.study.rows import ZERO_SHOT, all_rows, readable
 from carft_ray.study.running import at_a_time, running_since
+from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.study.training import TrialRow, result_of
 from carft_ray.untrusted import MOST_TEXT_BYTES
 from carft_ray.words import counted
@@ -30,42 +31,25 @@ READ_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
-class Overview:
-    """A study at one moment.
+class Overview(Snapshot):
+    """A study at one moment, and who runs on it.
 
     Attributes:
-        study_dir: The study directory, absolute.
-        recipe: Its resolved recipe.
-        trials: In the order of their numbers.
-        baselines: Zero-shot and the recipe's baselines.
-        confirmations: Trainings with fresh seeds, of a confirm.
         holder: Who runs the search, in words; None: no search runs on the study.
         stopping: A stop was asked for and the live search has not ended yet.
         since: When the running attempts of trainings began, in seconds since 1970, by kind and name.
         at_a_time: How many the search runs at a time at this moment, and why not more; None where it does not say.
-        log: As it was read; None: it was not.
     """
 
-    study_dir: Path
-    recipe: Recipe
-    trials: list[TrialRow]
-    baselines: list[TrialRow]
-    confirmations: list[TrialRow] = field(default_factory=list)
     holder: str | None = None
     stopping: bool = False
     since: Mapping[tuple[str, str], float] = field(default_factory=dict)
     at_a_time: tuple[int, str] | None = None
-    log: Log | None = None
-
-    @functools.cached_property
-    def best(self) -> TrialRow | None:
-        """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
-        return best_row(self.trials)
 
     @property
     def held_s(self) -> float | None:
         """For how many seconds its holder has had it, whatever the clocks show; None without one."""
-        if self.holder is None or self.log is None:
+        if self.holder is None:
             return None
         return self.log.lasted(self.log.claimed) + min(max(time.time() - self.log.time, 0.0), SILENT_FOR_S)
 
@@ -73,16 +57,6 @@ class Overview:
     def what(self) -> str:
         """What runs on it, in a word."""
         return "search" if self.recipe.search.space else "training"
-
-    @property
-    def rows(self) -> list[TrialRow]:
-        """All trainings: baselines, trials, and those of a confirm."""
-        return [*self.baselines, *self.trials, *self.confirmations]
-
-    @property
-    def num_finished(self) -> int:
-        """Trials that have ended, well or not."""
-        return sum(row.outcome != "running" for row in self.trials)
 
     def state(self, row: TrialRow) -> str:
         """Returns a row's outcome; of one that has none yet, whether it runs, was stopped, waits or is set aside."""
@@ -152,16 +126,14 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     """
     folder, log = fetched_with_log(place, need)
     study_dir = require_study(folder)
-    log, rows = log_and_rows(study_dir, log)
-    found = log.holder()
-    trainings = [row for group in rows.values() for row in group]
-    since = running_since(log, trainings) if found else {}
-    asked = found is not None and bool(stopping(log, log.claimed) or (study_dir / STOP).exists())
-    recipe = study_recipe(study_dir, log)
-    running = (row for row in trainings if row.outcome == "running")
+    found = snapshot(study_dir, log)
+    holder, log = found.log.holder(), found.log
+    since = running_since(log, found.rows) if holder else {}
+    asked = holder is not None and bool(stopping(log, log.claimed) or (study_dir / STOP).exists())
+    running = (row for row in found.rows if row.outcome == "running")
     bring(study_dir, [f"{row.training}/{METRICS}" for row in running])  # by which the epoch is shown
-    groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, asked, since, at_a_time(log) if found else None, log)
+    number = at_a_time(log) if holder else None
+    return Overview(**vars(found), holder=holder, stopping=asked, since=since, at_a_time=number)
 
 
 def studies_in(folder: Path) -> list[Path]:

@@ -1,0 +1,82 @@
+"""A study at one moment, read once from its log: nothing is claimed, and nothing written."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from carft_ray.errors import Problem, StorageError
+from carft_ray.layout import COMMITS
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.log import Log, log_of
+from carft_ray.study.holding import is_study
+from carft_ray.study.ledger import Entry, read_ledger
+from carft_ray.study.recipe_identity import study_recipe
+from carft_ray.study.rows import all_rows, best_row, num_finished, readable
+from carft_ray.study.training import Kind, TrialRow
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A study at one moment.
+
+    Attributes:
+        study_dir: The study directory.
+        log: As far as it was read.
+        recipe: Of the last search, or of the command that holds the study.
+        trials: In the order of their numbers; ``running`` ones may run, wait, or belong to a dead search.
+        baselines: Zero-shot and the recipe's baselines.
+        confirmations: Trainings with fresh seeds, of a confirm; none before one has begun.
+    """
+
+    study_dir: Path
+    log: Log
+    recipe: Recipe
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    confirmations: list[TrialRow] = field(default_factory=list)
+
+    @functools.cached_property
+    def best(self) -> TrialRow | None:
+        """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
+        return best_row(self.trials)
+
+    @functools.cached_property
+    def ledger(self) -> list[Entry]:
+        """The lines of its ledger.
+
+        Raises:
+            HoldOutError, StorageError: As ``ledger.read_ledger``.
+        """
+        return read_ledger(self.study_dir, self.log)
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """All trainings: baselines, trials, and those of a confirm."""
+        return [*self.baselines, *self.trials, *self.confirmations]
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that have ended, well or not."""
+        return num_finished(self.trials)
+
+    def of(self, kind: Kind) -> list[TrialRow]:
+        """Returns the trainings of a kind."""
+        return {"trial": self.trials, "baseline": self.baselines, "confirm": self.confirmations}[kind]
+
+
+def snapshot(study_dir: Path, log: Log | None = None) -> Snapshot:
+    """Reads a study, from the beginning of its log each time.
+
+    Args:
+        study_dir: The study directory.
+        log: Its log, where it has been read by now and no storage of Optuna was opened over it.
+
+    Raises:
+        StorageError: There is no study, or its log or recipe is damaged.
+    """
+    if not is_study(study_dir):
+        raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
+    log = log or log_of(study_dir)
+    with readable(log) as storage:
+        rows = all_rows(storage)
+    return Snapshot(study_dir, log, study_recipe(study_dir, log), rows["trial"], rows["baseline"], rows["confirm"])
