@@ -22,7 +22,7 @@ from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_line
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stages import options_to_go_on, read_plan
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.ledger import Entry, needs_reason, read_folder, read_ledger, reads_of
+from carft_ray.study.ledger import Entry, needs_reason, read_folder, reads_of
 from carft_ray.study.place import Place, named
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
@@ -123,7 +123,7 @@ def next_steps(view: Overview, study: Place, after: str) -> list[str]:
     elif ledger(view.study_dir, view.log)["problems"]:
         steps = [f"status {folder}", f"ls {folder}"]  # others are refused
     else:
-        steps = _at_rest(view, study, read_ledger(view.study_dir, view.log))
+        steps = _at_rest(view, study, view.ledger)
     return [f"carft-ray {step}" for step in steps if step.split()[0] != after]
 
 

@@ -49,7 +49,7 @@ def delivered(study: Snapshot) -> tuple[Model, Standing]:
         NoSuccessfulTrialError: No trial has finished.
         HoldOutError, StorageError: The study is damaged.
     """
-    reads = reads_of(read_ledger(study.study_dir, study.log))
+    reads = reads_of(study.ledger)
     if reads and "rows" in reads[-1].details:
         details = fixed_in(reads[-1])
         if fixed := details.get("models") or ([] if details["confirmed"] else details["rows"]):

@@ -36,7 +36,6 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
 from carft_ray.study.importance import importances
-from carft_ray.study.ledger import read_ledger
 from carft_ray.study.place import named
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import best_first
@@ -101,7 +100,7 @@ def page_document(view: Overview) -> dict[str, Any]:
         "changes": _changes(spec, predictions, points, class_names),
         "changed_images": changed_images(view, predictions, points, class_names),
         "reliability": _reliability(spec, predictions, points),
-        "ledger": [asdict(entry) for entry in read_ledger(study_dir, view.log)],
+        "ledger": [asdict(entry) for entry in view.ledger],
         "shared_images": [asdict(row) for row in read_shared(study_dir)],
         "provenance": provenance,
         "recipe": dump_recipe(recipe),
