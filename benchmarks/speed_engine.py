@@ -294,10 +294,10 @@ def driver_cost(
 
     from rich.console import Console
 
-    from carft_ray.launch.capacity import AtATime
+    from carft_ray.launch.cluster.capacity import AtATime
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
-    from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process, Record
+    from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Post, Process, Record
     from carft_ray.study.rows import trials
     from carft_ray.ui.live import SearchView
     from carft_ray.ui.progress import REFRESH_PER_S
@@ -417,7 +417,7 @@ def throughput_rows(full: bool, scale: bool) -> list[Row]:
     """Measures a search of trainings of nothing through Ray on this machine, inline."""
     from carft_ray.launch.command import Plan, run_search
     from carft_ray.launch.events import Event, Started
-    from carft_ray.launch.runtime import Runner
+    from carft_ray.launch.workers.runtime import Runner
 
     let_workers_import()
     started: list[Started] = []

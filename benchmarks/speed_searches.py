@@ -41,8 +41,8 @@ from benchmarks.rows import ROOT, Row, descendants, let_workers_import, median_r
 from benchmarks.speed_steps import RECIPE, open_task, resident_training
 from carft_ray import files
 from carft_ray.data.sandbox import TEMPLATES, export_images
-from carft_ray.launch.file_transfer import THREADS, FileServer, StudyFiles
-from carft_ray.launch.mailbox import started_here
+from carft_ray.launch.workers.file_transfer import THREADS, FileServer, StudyFiles
+from carft_ray.launch.workers.mailbox import started_here
 from carft_ray.layout import RESULT
 from carft_ray.model.pretrained import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe

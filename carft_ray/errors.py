@@ -171,6 +171,12 @@ class InterruptedRunError(CarftError):
     exit_code = 130
 
 
+def interruption(what: str, resume_command: str) -> InterruptedRunError:
+    """Returns the error of a command that was stopped, with the command that resumes it."""
+    step = f"Resume with: {resume_command}" if resume_command else ""
+    return InterruptedRunError(Problem("", what, next_step=step))
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed word that is most similar to ``value``, or None when none is close."""
     return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)), None)

@@ -16,11 +16,11 @@ from crash_host import PYTHONPATH
 from study_steps import searching
 
 from carft_ray.errors import OutOfMemoryError
-from carft_ray.launch.capacity import AtATime, Node
+from carft_ray.launch.cluster.capacity import AtATime, Node
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.mailbox import Exchange, Mailbox
-from carft_ray.launch.runtime import Runner, make_runtime
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.workers.mailbox import Exchange, Mailbox
+from carft_ray.launch.workers.runtime import Runner, make_runtime
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training import run
 from carft_ray.training.out_of_memory import micro_batch_of, shortage

@@ -3,7 +3,7 @@
 import stand_in
 
 from carft_ray.launch.command import Plan, run_search
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.study.place import own_folder
 
 RESOURCES, SEARCH = {"executor": "debug"}, {"epochs": 3, "sampler": {"name": "random"}}

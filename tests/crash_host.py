@@ -245,7 +245,8 @@ def work(program, jobs, folder):
 
 def order_posts():
     """Has the driver learn of each record at the next check for a stop, and write nothing by the clock."""
-    from carft_ray.launch import driver, mailbox, worker
+    from carft_ray.launch import driver
+    from carft_ray.launch.workers import mailbox, worker
 
     plain, records = worker.Poster.record, mailbox.Exchange.records
 

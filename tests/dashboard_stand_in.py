@@ -9,8 +9,8 @@ from collections import Counter
 
 from aiohttp import web
 
-from carft_ray.launch import jobs
-from carft_ray.launch.ray_private import read_authentication_anew
+from carft_ray.launch.cluster import jobs
+from carft_ray.launch.cluster.ray_private import read_authentication_anew
 
 RECIPE = """
 data:

@@ -29,8 +29,9 @@ from report_studies import predictions
 import carft_ray
 from carft_ray.errors import CarftError, UsageError
 from carft_ray.evaluation.predictions import write_predictions
-from carft_ray.launch import driver, worker
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch import driver
+from carft_ray.launch.workers import worker
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import PREDICTIONS, ZERO_SHOT_TABLE
 from carft_ray.results import figure
 from carft_ray.store.copy import NUMBERS

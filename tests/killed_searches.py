@@ -33,7 +33,7 @@ EPOCHS = 4  # of search_driver.py
 EIGHT = {"search": {"max_concurrent_trials": 8}, "num_workers": 1, "cpus_per_worker": 0.25}
 # the same with real ones, whose values are the same in whatever order they end
 REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
-REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.worker"}
+REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.workers.worker"}
 TITLES = {
     "trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"),
     "mailbox": b"ray::Mailbox",

@@ -14,10 +14,10 @@ import sys
 import stand_in
 
 from carft_ray.errors import CarftError
+from carft_ray.launch.cluster.ray_errors import set_aside_error
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
-from carft_ray.launch.ray_errors import set_aside_error
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.results.figure import figure_at_the_end
 from carft_ray.study.place import own_folder
 

@@ -17,7 +17,7 @@ from unittest import mock
 import stand_in
 
 from carft_ray.data import cached_sets
-from carft_ray.launch import worker
+from carft_ray.launch.workers import worker
 from carft_ray.layout import STOP
 from carft_ray.training import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
 

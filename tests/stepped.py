@@ -12,7 +12,7 @@ from unittest import mock
 
 import stand_in
 
-from carft_ray.launch import worker
+from carft_ray.launch.workers import worker
 from carft_ray.training import loop
 
 prepare = worker.prepare

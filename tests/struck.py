@@ -17,7 +17,7 @@ from unittest import mock
 
 import stand_in
 
-from carft_ray.launch import worker
+from carft_ray.launch.workers import worker
 
 prepare = worker.prepare
 PLACES = {

@@ -12,14 +12,14 @@ from unseen import Here, opened, plan_of, unseen
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch import file_transfer, node_files
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.file_transfer import BucketFiles, FileServer, entries
-from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Wish
-from carft_ray.launch.node_files import Delivery, needed, uses_bucket
-from carft_ray.launch.preparation import _sight
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.workers import file_transfer, node_files
+from carft_ray.launch.workers.file_transfer import BucketFiles, FileServer, entries
+from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Post, Wish
+from carft_ray.launch.workers.node_files import Delivery, needed, uses_bucket
+from carft_ray.launch.workers.preparation import _sight
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.layout import WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.attempt_files import progress_of, progress_words

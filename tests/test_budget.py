@@ -16,11 +16,11 @@ from tune_stand_in import Tune
 
 from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.figure import figure_at_the_end
 from carft_ray.results.reading import status_and_ls, study_view

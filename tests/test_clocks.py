@@ -124,7 +124,7 @@ def test_a_study_of_a_dead_process_with_dates_in_the_future_is_taken_over_by_a_s
     monkeypatch.setattr(log_module, "SILENT_FOR_S", 0.3)
     monkeypatch.setattr(log_module, "LOOK_EVERY_S", 0.05)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("carft_ray.launch.worker.RUNNER", verbs_host.RUNNER)
+    monkeypatch.setattr("carft_ray.launch.workers.worker.RUNNER", verbs_host.RUNNER)
     (tmp_path / "recipe.yaml").write_text(verbs_host.RECIPE)
     study_dir = tmp_path / "study"
     assert call(["search", "recipe.yaml", "--study", study_dir]) == 0

@@ -19,7 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from carft_ray.launch.capacity import Node, capacity_of
+from carft_ray.launch.cluster.capacity import Node, capacity_of
 from carft_ray.recipe.loading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

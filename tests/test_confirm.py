@@ -14,7 +14,7 @@ from study_steps import finish, searching
 from carft_ray.errors import UsageError
 from carft_ray.launch.command import Plan, run_confirm
 from carft_ray.launch.events import Started
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results import stages
 from carft_ray.results.confirmation import chosen_from_lines

@@ -19,8 +19,8 @@ from carft_ray.data.sandbox import render
 from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.command import Plan, run_search, train_once
 from carft_ray.launch.events import Note, Started, TrialEpoch, TrialFinished
-from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import stop_on_signal
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study

@@ -15,7 +15,7 @@ from test_study_crash import prepare
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.store.attempt_files import read_result
 from carft_ray.training.checkpoint import newest_checkpoint

@@ -12,7 +12,7 @@ from test_init import write_tree
 
 from carft_ray import words
 from carft_ray.cli.doctor import step_words
-from carft_ray.launch.doctor import as_plain_data, examine, zero_shot_findings
+from carft_ray.launch.cluster.doctor import as_plain_data, examine, zero_shot_findings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.ui.console import checkup_table
 

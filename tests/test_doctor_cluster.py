@@ -15,9 +15,9 @@ from torch.distributed import TCPStore
 
 import cluster
 from carft_ray import __version__, environment
-from carft_ray.launch import checkup
-from carft_ray.launch.checkup import NodeReport, collective, judge
-from carft_ray.launch.doctor import Diagnosis
+from carft_ray.launch.cluster import checkup
+from carft_ray.launch.cluster.checkup import NodeReport, collective, judge
+from carft_ray.launch.cluster.doctor import Diagnosis
 from carft_ray.ui.console import node_table
 
 VERSIONS = environment.versions()

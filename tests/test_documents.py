@@ -20,7 +20,9 @@ from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
 from carft_ray.data.sandbox import CLASSES, render
-from carft_ray.launch import file_transfer, giving_up, jobs, mailbox, node_files, nodes
+from carft_ray.launch import giving_up, nodes
+from carft_ray.launch.cluster import jobs
+from carft_ray.launch.workers import file_transfer, mailbox, node_files
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import BACKBONES
 from carft_ray.store import log

@@ -18,10 +18,10 @@ from tune_stand_in import Tune, kinds, short_search, spec_of
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch import tune_runner
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.driver import STOP_UNLOGGED_S, Driver
 from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialSetAside
-from carft_ray.launch.mailbox import Post
+from carft_ray.launch.workers.mailbox import Post
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

@@ -7,7 +7,7 @@ import pytest
 from stand_in import make_recipe, save
 from tune_stand_in import kinds, short_search, spec_of
 
-from carft_ray.launch.capacity import Node, capacity_of
+from carft_ray.launch.cluster.capacity import Node, capacity_of
 from carft_ray.launch.events import BaselineFinished, Note, TrialSetAside
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.nodes import BadNodes, Drains

@@ -29,15 +29,15 @@ from study_steps import searching
 from carft_ray import files
 from carft_ray.errors import ClusterError, OutOfMemoryError, StorageError
 from carft_ray.launch import giving_up
-from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.cluster.cluster import running_ray
+from carft_ray.launch.cluster.ray_errors import error_of, explained, host_memory, is_full_memory, root_cause
+from carft_ray.launch.cluster.ray_private import one_trial_dies
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
-from carft_ray.launch.mailbox import Wish
-from carft_ray.launch.micro_batch import fits_record, fitted, memory_failure, noted
-from carft_ray.launch.ray_errors import error_of, explained, host_memory, is_full_memory, root_cause
-from carft_ray.launch.ray_private import one_trial_dies
-from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.workers.mailbox import Wish
+from carft_ray.launch.workers.micro_batch import fits_record, fitted, memory_failure, noted
+from carft_ray.launch.workers.runtime import Runner, make_runtime
 from carft_ray.store.attempt_files import read_result
 from carft_ray.store.log import log_of
 from carft_ray.study import study

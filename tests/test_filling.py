@@ -17,12 +17,12 @@ from sources import recipe_of
 from test_lost import gloo
 
 from carft_ray.errors import InterruptedRunError
-from carft_ray.launch import worker
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note, Preparing
-from carft_ray.launch.mailbox import Mailbox, Wish
-from carft_ray.launch.runtime import Runner
-from carft_ray.launch.worker import Poster
+from carft_ray.launch.workers import worker
+from carft_ray.launch.workers.mailbox import Mailbox, Wish
+from carft_ray.launch.workers.runtime import Runner
+from carft_ray.launch.workers.worker import Poster
 from carft_ray.training import shared_inputs
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run_context import RunContext

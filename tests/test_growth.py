@@ -17,14 +17,14 @@ from tune_stand_in import Tune
 import cluster
 from carft_ray.errors import BudgetError, ClusterError
 from carft_ray.launch import nodes
-from carft_ray.launch.capacity import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
-from carft_ray.launch.cluster import nodes_now, running_ray
+from carft_ray.launch.cluster.capacity import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
+from carft_ray.launch.cluster.cluster import nodes_now, running_ray
+from carft_ray.launch.cluster.ray_errors import STARTED_LATE
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Preparing, Started, TrialEpoch
 from carft_ray.launch.nodes import alive_nodes, await_nodes
-from carft_ray.launch.ray_errors import STARTED_LATE
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import with_keys
 
@@ -211,7 +211,7 @@ class Changing:
 @pytest.fixture
 def followed(tmp_path, monkeypatch):
     """Gives a function that makes a search of 12 trials on a cluster that changes."""
-    monkeypatch.setattr("carft_ray.launch.capacity.COUNT_EVERY_S", 0.0)
+    monkeypatch.setattr("carft_ray.launch.cluster.capacity.COUNT_EVERY_S", 0.0)
     with searching(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
 
         def make(on_change=lambda *change: None, **how):

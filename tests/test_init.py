@@ -21,7 +21,7 @@ from carft_ray.data.draft import Roles, choose_roles, draft, readable, survey
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sets import open_source
 from carft_ray.errors import DataError, UsageError
-from carft_ray.launch.doctor import examine
+from carft_ray.launch.cluster.doctor import examine
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import preset_text, presets
 from carft_ray.recipe.rules import check_searchable, warnings

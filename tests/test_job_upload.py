@@ -13,7 +13,7 @@ from dashboard_stand_in import RECIPE, answering, ended, settle, told
 from carft_ray import environment
 from carft_ray.cli.submit import BUCKET_KEYS
 from carft_ray.errors import UsageError
-from carft_ray.launch import job_upload, jobs
+from carft_ray.launch.cluster import job_upload, jobs
 from carft_ray.recipe.loading import load_recipe
 
 
@@ -53,7 +53,7 @@ def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(he
     command = f"exec python -m carft_ray.cli search {kept}/recipe.yaml --study {here}/studies/first --address auto"
     assert sent.command == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --change-space"
     source = environment.code()["source"]
-    check = "python -m carft_ray.launch.job_package"
+    check = "python -m carft_ray.launch.cluster.job_package"
     assert sent.entrypoint(installed=False) == f"{check} {source} || exit 5; {sent.command}"
     assert sent.entrypoint(installed=True) == f"{check} || exit 5; {sent.command}"
     assert job_upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here) == sent
@@ -190,7 +190,7 @@ def test_variables_are_given_by_name_and_their_values_reach_the_job_alone(here, 
 
 
 def begin(*words, **environ):
-    command = [sys.executable, "-m", "carft_ray.launch.job_package", *words]
+    command = [sys.executable, "-m", "carft_ray.launch.cluster.job_package", *words]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ})
     return done.returncode, told(done.stderr)
 

@@ -31,9 +31,9 @@ from unseen import Here, unseen
 import cluster
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, MachineError, StorageError
-from carft_ray.launch.preparation import _prepare
-from carft_ray.launch.ray_errors import UNKNOWN, lost_rank
-from carft_ray.launch.worker import run_worker, take_gpu
+from carft_ray.launch.cluster.ray_errors import UNKNOWN, lost_rank
+from carft_ray.launch.workers.preparation import _prepare
+from carft_ray.launch.workers.worker import run_worker, take_gpu
 from carft_ray.model import device
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.store.attempt_files import read_result

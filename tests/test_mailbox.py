@@ -12,13 +12,13 @@ import pytest
 import ray
 from killed_searches import wait_until
 
-from carft_ray.launch import group as group_module
-from carft_ray.launch import mailbox, worker
-from carft_ray.launch.capacity import Capacity
-from carft_ray.launch.cluster import running_ray
-from carft_ray.launch.group import Said, WorkerGroup
-from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Process, Wish, start_mailbox
-from carft_ray.launch.worker import Poster
+from carft_ray.launch.cluster.capacity import Capacity
+from carft_ray.launch.cluster.cluster import running_ray
+from carft_ray.launch.workers import group as group_module
+from carft_ray.launch.workers import mailbox, worker
+from carft_ray.launch.workers.group import Said, WorkerGroup
+from carft_ray.launch.workers.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Process, Wish, start_mailbox
+from carft_ray.launch.workers.worker import Poster
 from carft_ray.study.training import TrialSpec
 
 NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"

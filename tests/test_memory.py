@@ -19,9 +19,9 @@ from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DataError
 from carft_ray.evaluation.predictions import OF_LOGITS
 from carft_ray.launch.command import Plan, run_search
-from carft_ray.launch.micro_batch import noted
-from carft_ray.launch.runtime import Runner
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.workers.micro_batch import noted
+from carft_ray.launch.workers.runtime import Runner
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe

@@ -19,8 +19,8 @@ from killed_searches import wait_until
 
 import cluster
 from carft_ray.errors import ClusterError
-from carft_ray.launch import cluster as cluster_module
-from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.cluster import cluster as cluster_module
+from carft_ray.launch.cluster.cluster import running_ray
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Ray takes 127.0.0.1 for the address of this machine in its network, where our own Ray does not listen
@@ -126,7 +126,7 @@ import stand_in
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.command import Plan, run_search
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 
 told = []
 

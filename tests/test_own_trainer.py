@@ -22,7 +22,7 @@ from ray import cloudpickle
 import carft_ray
 from carft_ray.errors import CarftError, DivergedError, RecipeError, UsageError
 from carft_ray.launch.command import Plan, run_search, train_once
-from carft_ray.launch.own_trainer import with_function
+from carft_ray.launch.workers.own_trainer import with_function
 from carft_ray.recipe.loading import apply, dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.training.loop import StoppedRun

@@ -16,7 +16,7 @@ from stand_in import make_recipe
 import cluster
 from carft_ray.data.cache import list_entries
 from carft_ray.launch import forecast as forecast_module
-from carft_ray.launch.capacity import Node, capacity_of, crowding
+from carft_ray.launch.cluster.capacity import Node, capacity_of, crowding
 from carft_ray.launch.forecast import OUTSIDE_S, beyond_budget, forecast, num_rounds
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.recipe.schema.search import SearchConfig

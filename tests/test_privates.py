@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from carft_ray import environment
 from carft_ray.errors import UsageError
-from carft_ray.launch import ray_private
+from carft_ray.launch.cluster import ray_private
 from carft_ray.study.proposals import optuna_private
 
 REQUIRED = ("alpha[one,two]<3,>=2.5", "beta>=1.2", "gamma>=4; extra == 'more'", "absent>=1")
@@ -82,7 +82,7 @@ def test_the_constraints_of_the_oldest_releases_are_the_lower_bounds():
 def test_the_column_types_of_ray_that_run_code_are_known_and_taken_away():
     program = (
         "import ray.data._internal.object_extensions.arrow, ray.tune, ray.train.torch\n"
-        "from carft_ray.launch.ray_private import forget_pickled_columns\n"
+        "from carft_ray.launch.cluster.ray_private import forget_pickled_columns\n"
         "print(*forget_pickled_columns())\n"
         "print(*forget_pickled_columns())\n"
     )

@@ -14,7 +14,7 @@ from study_steps import finish, optuna_study, searching
 from carft_ray import files
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
-from carft_ray.launch.ray_errors import no_successful_trial
+from carft_ray.launch.cluster.ray_errors import no_successful_trial
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema.search import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status

@@ -133,22 +133,23 @@ def test_no_module_unpickles():
 
 AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
-    "writes": "files training/tensorboard store/bucket launch/worker",
+    "writes": "files training/tensorboard store/bucket launch/workers/worker",
     "the package's own files": "environment recipe/presets recipe/benchmarks recipe/methods data/draft data/sandbox"
     " data/corruptions data/copies/shared_images results/export/export results/page/page",
     "the kernel's files": "store/process",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
-    " launch/jobs training/own_function",
+    " launch/cluster/jobs training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/layouts"
     " model/pretrained model/weights_files",
     "what this process or its driver has just written": "model/clip",
-    "what a process that has ended has left, and a node's own files": "launch/ray_errors launch/file_transfer",
+    "what a process that has ended has left, and a node's own files": "launch/cluster/ray_errors"
+    " launch/workers/file_transfer",
 }
 BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
-    "pieces of files that a node has made": "launch/file_transfer",
-    "the user's own cache and token": "study/place results/test_summary launch/jobs",
+    "pieces of files that a node has made": "launch/workers/file_transfer",
+    "the user's own cache and token": "study/place results/test_summary launch/cluster/jobs",
     "the package's own files": "results/export/export results/page/page",
-    "what this process or its driver has just written": "launch/worker launch/ray_errors",
+    "what this process or its driver has just written": "launch/workers/worker launch/cluster/ray_errors",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
 GATES = ("carft_ray.untrusted", "carft_ray.data.images")
@@ -287,8 +288,8 @@ MAY = {
     },
     "sys.stderr": {
         "cli/submit.py": "as above",
-        "launch/cluster.py": "our own words, in a thread while the process ends",
-        "launch/job_package.py": "our own words at the beginning of a job",
+        "launch/cluster/cluster.py": "our own words, in a thread while the process ends",
+        "launch/cluster/job_package.py": "our own words at the beginning of a job",
         "ui/console.py": "where prints of a user's trainer go beside a document",
     },
     "typer.echo": {"cli/program.py": "our own words", "cli/recipes.py": "a recipe as YAML, to be read back as it is"},

@@ -13,7 +13,7 @@ from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import TrialStep
-from carft_ray.launch.worker import RUNNER
+from carft_ray.launch.workers.worker import RUNNER
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training.tensorboard import add_scalars, begin_file, run_folder
 

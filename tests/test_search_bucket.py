@@ -25,7 +25,7 @@ from carft_ray import files
 from carft_ray.errors import DataError, HoldOutError, StorageError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG, WEIGHTS
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.study_view import read_study

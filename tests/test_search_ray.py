@@ -15,11 +15,11 @@ from killed_searches import driver, finish, finished
 from study_steps import failed, searching
 
 from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError
-from carft_ray.launch import cluster
-from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.cluster import cluster
+from carft_ray.launch.cluster.cluster import running_ray
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Started, TrialFinished
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.results.figure import figure_at_the_end
 from carft_ray.study.rows import best_row
 from carft_ray.study.snapshot import snapshot

@@ -20,7 +20,7 @@ from test_init import write_tree
 
 from carft_ray import files
 from carft_ray.errors import RecipeError
-from carft_ray.launch.doctor import examine
+from carft_ray.launch.cluster.doctor import examine
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import dump_recipe, load_recipe, resolve_path
 from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, schema_text

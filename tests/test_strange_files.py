@@ -33,7 +33,7 @@ from carft_ray.data.file_index import open_table
 from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
-from carft_ray.launch import ray_private
+from carft_ray.launch.cluster import ray_private
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.untrusted import parse_json, read_regular, read_text

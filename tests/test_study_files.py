@@ -15,11 +15,11 @@ from unseen import Here, opened, plan_of, unseen
 from carft_ray import files
 from carft_ray.data.cache import own_folder
 from carft_ray.errors import MachineError, StorageError
-from carft_ray.launch import file_transfer, node_files
-from carft_ray.launch.file_transfer import Entry, FileServer, StudyFiles, entries
-from carft_ray.launch.mailbox import Mailbox, Wish
-from carft_ray.launch.node_files import UNSEEN, Delivery, needed, prepared_at_hand, sees
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.workers import file_transfer, node_files
+from carft_ray.launch.workers.file_transfer import Entry, FileServer, StudyFiles, entries
+from carft_ray.launch.workers.mailbox import Mailbox, Wish
+from carft_ray.launch.workers.node_files import UNSEEN, Delivery, needed, prepared_at_hand, sees
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.store.attempt_files import checkpoints, read_result, reported_rows
 from carft_ray.training.run_context import RunContext
 

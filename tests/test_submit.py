@@ -13,7 +13,7 @@ import pytest
 from dashboard_stand_in import answering, ended, settle, told
 
 from carft_ray import __version__, environment
-from carft_ray.launch import jobs
+from carft_ray.launch.cluster import jobs
 
 
 @pytest.fixture

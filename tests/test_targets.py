@@ -22,9 +22,9 @@ from test_loop import CPU, clip_and_heads, largest_difference, unit
 from tiny import make_tiny_clip
 
 from carft_ray.data.cache import MARKER, list_entries
+from carft_ray.launch.cluster.doctor import examine
 from carft_ray.launch.command import Plan, train_once
-from carft_ray.launch.doctor import examine
-from carft_ray.launch.runtime import decide_targets, num_stored_visits
+from carft_ray.launch.workers.runtime import decide_targets, num_stored_visits
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
 from carft_ray.model.heads import build_heads, cached_heads, templates

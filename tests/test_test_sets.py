@@ -29,7 +29,7 @@ from carft_ray.errors import InterruptedRunError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
 from carft_ray.launch.command import Plan, computing
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results import stages, test_summary
 from carft_ray.results.confirmation import confirm_lines, summarise

@@ -21,9 +21,9 @@ from torch import nn
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import MachineError, OutOfMemoryError, RecipeError, StorageError
-from carft_ray.launch import micro_batch
-from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.ray_errors import lost_rank
+from carft_ray.launch.cluster.ray_errors import lost_rank
+from carft_ray.launch.workers import micro_batch
+from carft_ray.launch.workers.micro_batch import fitted, memory_failure
 from carft_ray.model import tower
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.heads import build_heads

@@ -12,8 +12,8 @@ from carft_ray import files
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import RESULT, STATE, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.attempt_files import progress_of, progress_words

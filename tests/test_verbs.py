@@ -24,8 +24,8 @@ from carft_ray.cli.common import suggest
 from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, recipe_of
 from carft_ray.recipe.schema.recipe import Recipe, single

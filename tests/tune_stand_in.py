@@ -8,10 +8,10 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 from study_steps import searching
 
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.tune_runner import DriverCallback, DriverSearcher
+from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.training import Failure, TrialSpec
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import attempts
 import stand_in
 
-from carft_ray.launch.file_transfer import FileServer, StudyFiles
+from carft_ray.launch.workers.file_transfer import FileServer, StudyFiles
 from carft_ray.study.opening import open_study
 
 

@@ -20,8 +20,9 @@ import report_studies
 from carft_ray import files
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import write_predictions
-from carft_ray.launch import driver, worker
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch import driver
+from carft_ray.launch.workers import worker
+from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import PREDICTIONS, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study import uploads

@@ -46,7 +46,7 @@ from carft_ray.ui import console
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
-    from carft_ray.launch.runtime import Runner
+    from carft_ray.launch.workers.runtime import Runner
     from carft_ray.results.stages import Stage
 
 Trainer = Callable[..., Any]
@@ -80,7 +80,7 @@ def search(
         study: The study directory, or its address, ``s3://...``; created if it does not exist.
         overrides: Same as in ``load_recipe``. ``{"resources.executor": "debug"}`` trains in this process, without Ray.
         train: Your own fine-tuning in place of the built-in one, ``train(values, context)``
-            (``launch.own_trainer``). Give it again to resume.
+            (``launch.workers.own_trainer``). Give it again to resume.
         address: Ray cluster to attach to: ``host:port``, or ``auto`` for the one that this machine or process belongs
             to; None: a new local Ray on this machine.
         change_space: Allow another search space for the study.
@@ -296,11 +296,11 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
     """
     if train is None:
         require_trusted(recipe, trust)
-        from carft_ray.launch.worker import RUNNER
+        from carft_ray.launch.workers.worker import RUNNER
 
         return recipe, RUNNER
     require_trusted(with_keys(recipe, train={"function": None}), trust)  # it is here; baselines may name others
-    from carft_ray.launch.own_trainer import with_function
+    from carft_ray.launch.workers.own_trainer import with_function
     from carft_ray.recipe.rules import own_function_problems
 
     named_here, runner = with_function(recipe, train)

@@ -90,7 +90,7 @@ class Searched(Study):
 
     def check(self) -> None:
         """Raises a ``MachineError`` with the reasons when trainings were set aside."""
-        from carft_ray.launch.ray_errors import set_aside_error
+        from carft_ray.launch.cluster.ray_errors import set_aside_error
 
         if self.set_aside:
             raise set_aside_error(self.set_aside, self.resume_command)

@@ -47,7 +47,7 @@ def doctor(
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.api.checks import read_recipe
     from carft_ray.data.copies.shared_images import check_pairs_path, write_pairs
-    from carft_ray.launch.doctor import NUM_IMAGES, as_plain_data, examine
+    from carft_ray.launch.cluster.doctor import NUM_IMAGES, as_plain_data, examine
     from carft_ray.ui.progress import counting
 
     if pairs is not None:
@@ -59,7 +59,7 @@ def doctor(
     reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:
         if address is not None:
-            from carft_ray.launch import checkup, cluster
+            from carft_ray.launch.cluster import checkup, cluster
             from carft_ray.layout import RAY_LOG
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
@@ -96,7 +96,7 @@ def doctor(
 def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
     """Prints a diagnosis; with a cluster, what its nodes have found and what is wrong there, too."""
     if on_nodes or reports:
-        from carft_ray.launch.doctor import finding_data
+        from carft_ray.launch.cluster.doctor import finding_data
 
         data["findings"] += map(finding_data, on_nodes)
         data["healthy"] = data["healthy"] and all(one.level != "error" for one in on_nodes)

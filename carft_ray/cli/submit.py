@@ -19,8 +19,8 @@ from carft_ray.ui import console
 from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
-    from carft_ray.launch.job_upload import Upload
-    from carft_ray.launch.jobs import Server
+    from carft_ray.launch.cluster.job_upload import Upload
+    from carft_ray.launch.cluster.jobs import Server
     from carft_ray.recipe.schema.recipe import Recipe
 
 
@@ -59,7 +59,7 @@ def submit(
     """
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "needs exactly one of: a recipe, --resume, --attach"))
-    from carft_ray.launch import job_upload, jobs
+    from carft_ray.launch.cluster import job_upload, jobs
     from carft_ray.study.place import absolute, in_bucket
 
     if attach is not None:
@@ -133,7 +133,7 @@ def _checked(
 
 def _send(server: "Server", upload: "Upload", variables: dict[str, str], installed: bool) -> str:
     """Submits a search, unless its study has a job that runs; returns the id of the job."""
-    from carft_ray.launch import job_package, jobs
+    from carft_ray.launch.cluster import job_package, jobs
     from carft_ray.study.place import in_bucket
 
     if (job := jobs.running_job(server, upload.study)) is not None:
@@ -155,7 +155,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
 
 def _follow(server: "Server", name: str, json_: bool) -> None:
     """Shows the log of a job, and ends as the job does."""
-    from carft_ray.launch import jobs
+    from carft_ray.launch.cluster import jobs
 
     job = jobs.find_job(server, name)
     name = str(job.submission_id)
@@ -184,7 +184,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 
 def _show(upload: "Upload", variables: Sequence[str], address: str | None, installed: bool, json_: bool) -> None:
     """Prints all that would be sent, of variables their names."""
-    from carft_ray.launch import job_package, jobs
+    from carft_ray.launch.cluster import job_package, jobs
     from carft_ray.recipe.written import dump_yaml
 
     modules = [] if installed else job_package.folders()

@@ -25,24 +25,32 @@ from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.find import SharedRow, digests_of_tests
 from carft_ray.data.copies.shared_images import shared_of_study, write_shared
-from carft_ray.errors import BudgetError, CarftError, DivergedError, InterruptedRunError, Problem, UsageError
+from carft_ray.errors import (
+    BudgetError,
+    CarftError,
+    DivergedError,
+    InterruptedRunError,
+    Problem,
+    UsageError,
+    interruption,
+)
 from carft_ray.launch import events
 from carft_ray.launch.budget import nothing_within_budget, used_up
-from carft_ray.launch.capacity import Node, crowding
-from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.cluster.capacity import Node, crowding
+from carft_ray.launch.cluster.cluster import running_ray
+from carft_ray.launch.cluster.ray_errors import no_successful_trial, set_aside_error
+from carft_ray.launch.cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import Note, OnEvent, Preparing
-from carft_ray.launch.file_transfer import start_files
-from carft_ray.launch.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.nodes import await_nodes, may_grow
-from carft_ray.launch.own_trainer import own_notes
-from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.ray_errors import no_successful_trial, set_aside_error
-from carft_ray.launch.ray_private import forget_pickled_columns
-from carft_ray.launch.runtime import Runner, Runtime, Say, decide_targets, make_runtime
-from carft_ray.launch.stop import interruption, interruptions_as
+from carft_ray.launch.stop import interruptions_as
 from carft_ray.launch.trainings import STOPPED, run_trainings
-from carft_ray.launch.worker import RUNNER
+from carft_ray.launch.workers.file_transfer import start_files
+from carft_ray.launch.workers.mailbox import Mailbox, start_mailbox
+from carft_ray.launch.workers.own_trainer import own_notes
+from carft_ray.launch.workers.preparation import run_prepare
+from carft_ray.launch.workers.runtime import Runner, Runtime, Say, decide_targets, make_runtime
+from carft_ray.launch.workers.worker import RUNNER
 from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe, single

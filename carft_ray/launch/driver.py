@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, StorageError
-from carft_ray.launch import events, micro_batch
-from carft_ray.launch.attempt import Attempt, own_names
+from carft_ray.launch import events
 from carft_ray.launch.budget import BUDGET_STOP, used_up
-from carft_ray.launch.capacity import AtATime
+from carft_ray.launch.cluster.capacity import AtATime
+from carft_ray.launch.cluster.ray_errors import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.giving_up import GivingUp
 from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Process
 from carft_ray.launch.nodes import BadNodes, Drains
-from carft_ray.launch.ray_errors import STARTED_LATE, is_full_memory, no_successful_trial
+from carft_ray.launch.workers import micro_batch
+from carft_ray.launch.workers.attempt import Attempt, own_names
+from carft_ray.launch.workers.mailbox import PATIENCE_S, Exchange, Mailbox, Process
 from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store import attempt_files

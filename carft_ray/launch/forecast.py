@@ -23,14 +23,13 @@ import numpy as np
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem
-from carft_ray.launch.capacity import Capacity
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem, interruption
+from carft_ray.launch.cluster.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare
-from carft_ray.launch.preparation import fill_nodes
-from carft_ray.launch.runtime import Say, decide_targets, num_stored_visits
-from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.launch.worker import RUNNER, there
+from carft_ray.launch.workers.preparation import fill_nodes
+from carft_ray.launch.workers.runtime import Say, decide_targets, num_stored_visits
+from carft_ray.launch.workers.worker import RUNNER, there
 from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe

@@ -40,7 +40,7 @@ class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
     A training posts which group is its own when its workers begin. Until all that run have done so or wait for
-    resources, nothing is removed. A group that has no training at that moment (``launch.group``) is removed, too:
+    resources, nothing is removed. A group that has no training now (``launch.workers.group``) is removed, too:
     the next training starts another.
 
     Groups that the program had when the search began are its own, and stay.

@@ -16,10 +16,10 @@ import ray
 
 from carft_ray.errors import BudgetError, ClusterError, Problem
 from carft_ray.launch.budget import used_up
-from carft_ray.launch.capacity import Capacity, Node, capacity_of
-from carft_ray.launch.cluster import HEAD_ONLY, nodes_alive, nodes_now
-from carft_ray.launch.mailbox import Process
-from carft_ray.launch.ray_private import draining_nodes
+from carft_ray.launch.cluster.capacity import Capacity, Node, capacity_of
+from carft_ray.launch.cluster.cluster import HEAD_ONLY, nodes_alive, nodes_now
+from carft_ray.launch.cluster.ray_private import draining_nodes
+from carft_ray.launch.workers.mailbox import Process
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.running import at_a_time_record
 from carft_ray.study.study import Study

@@ -69,12 +69,6 @@ def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop: Stop)
         raise interrupted() from None
 
 
-def interruption(what: str, resume_command: str) -> InterruptedRunError:
-    """Returns the error of a command that was stopped, with the command that resumes it."""
-    step = f"Resume with: {resume_command}" if resume_command else ""
-    return InterruptedRunError(Problem("", what, next_step=step))
-
-
 def ask_to_stop(place: Place, tell: Callable[[str], None] = lambda text: None) -> str | None:
     """Writes the stop file when a process holds a study; in a bucket an object from which it makes that.
 

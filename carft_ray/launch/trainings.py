@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from carft_ray import files
 from carft_ray.data.sets import forget_listings
 from carft_ray.errors import StorageError
-from carft_ray.launch.capacity import AtATime, Capacity
+from carft_ray.launch.cluster.capacity import AtATime, Capacity
+from carft_ray.launch.cluster.ray_errors import explained, full_text
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event
 from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.mailbox import Exchange
 from carft_ray.launch.nodes import BadNodes, Drains, present_capacity
-from carft_ray.launch.ray_errors import explained, full_text
-from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_on_signal
 from carft_ray.launch.tune_runner import run_with_tune
-from carft_ray.launch.worker import end_process, run_worker
+from carft_ray.launch.workers.mailbox import Exchange
+from carft_ray.launch.workers.runtime import Runtime
+from carft_ray.launch.workers.worker import end_process, run_worker
 from carft_ray.layout import STOP
 from carft_ray.store.copy import ALL
 from carft_ray.study.holding import take_back_stop

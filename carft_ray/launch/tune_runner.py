@@ -1,7 +1,8 @@
 """Ray Tune as the pool of processes: it asks the ``Driver`` what comes next, and reports to it what has ended.
 
-A Tune trial runs a training itself, or has a Ray Train group run it (``launch.group``); the loop is the same. Tune gets
-no metric: a report without it would end the whole run. It saves nothing of this; the study on disk is the truth.
+A Tune trial runs a training itself, or has a Ray Train group run it (``launch.workers.group``); the loop is the same.
+Tune gets no metric: a report without it would end the whole run. It saves nothing of this; the study on disk is the
+truth.
 
 A training is stopped by an order that rank 0 reads from the mailbox; so nothing is ever stopped from outside, where Ray
 leaks placement groups. A training writes its results into its folder before it ends; Ray carries none.
@@ -17,13 +18,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from carft_ray.errors import CarftError, ClusterError, Problem
-from carft_ray.launch.cluster import HEAD_ONLY
+from carft_ray.launch.cluster.cluster import HEAD_ONLY
+from carft_ray.launch.cluster.ray_errors import error_of, explained, root_cause
+from carft_ray.launch.cluster.ray_private import one_trial_dies
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.group import NestedTrial, anywhere_but
-from carft_ray.launch.ray_errors import error_of, explained, root_cause
-from carft_ray.launch.ray_private import one_trial_dies
-from carft_ray.launch.runtime import Runtime
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.workers.group import NestedTrial, anywhere_but
+from carft_ray.launch.workers.runtime import Runtime
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 

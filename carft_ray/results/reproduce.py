@@ -23,7 +23,7 @@ from carft_ray.data.made_of import require_same
 from carft_ray.errors import CarftError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
-from carft_ray.launch.worker import RUNNER
+from carft_ray.launch.workers.worker import RUNNER
 from carft_ray.recipe.schema.recipe import Recipe, alone, single, with_keys
 from carft_ray.results.compare import origin
 from carft_ray.results.reading.finished import Finished, open_finished

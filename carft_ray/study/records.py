@@ -19,7 +19,7 @@ LEDGER = "ledger"  # a line of the ledger; ``ledger.record``
 TAKEN_IN = "taken in"  # a study of ``search.warm_start``; ``warm_start.take_in``
 STARTED = "started"  # an attempt; ``running.started``
 AT_A_TIME = "at_a_time"  # how many trainings run at a time from then on; ``running.at_a_time_record``
-FITS = "fits"  # a micro-batch that may fit into a device's memory; ``launch.micro_batch``
+FITS = "fits"  # a micro-batch that may fit into a device's memory; ``launch.workers.micro_batch``
 STOPPING = "stopping"  # the search stops, for its ``reason``; an empty one takes that back; ``launch.driver``
 
 TYPES: Mapping[str, type[BaseModel]] = {

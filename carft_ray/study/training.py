@@ -30,7 +30,7 @@ class TrialSpec:
         values: Values over the recipe's ``train``.
         attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
         references: ID accuracies with which its constraints compare, by baseline.
-        fits: What the study knows of micro-batches, by device (``launch.micro_batch``).
+        fits: What the study knows of micro-batches, by device (``launch.workers.micro_batch``).
     """
 
     kind: Kind
@@ -120,7 +120,7 @@ class Failure:
         attempt: The attempt that failed.
         exit_code: Of the error.
         details: A traceback for the log; of ``lost`` those of the workers that were left.
-        device: Of a shortage of memory: the key under which the study notes what fits (``launch.micro_batch``).
+        device: Of a shortage of memory: the key under which the study notes what fits (``launch.workers.micro_batch``).
         fits: Of ``memory``: the micro-batch that may fit there; else 0, and what was noted is void.
         node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
     """

@@ -147,7 +147,7 @@ class AtATime(_Strict):
 
 
 class Fits(_Strict):
-    """The micro-batch that may fit into the memory of a device, in the log (``launch.micro_batch``)."""
+    """The micro-batch that may fit into the memory of a device, in the log (``launch.workers.micro_batch``)."""
 
     device: Words
     micro_batch: Count

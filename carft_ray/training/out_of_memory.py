@@ -1,7 +1,7 @@
 """Out of memory on a device: recognised, reported with its numbers; and batches that halve until they fit.
 
 The loss is a sum over samples and predictions are per image, so no split into smaller batches changes a result. Which
-micro-batch a training is tried with again is decided in ``launch.micro_batch``.
+micro-batch a training is tried with again is decided in ``launch.workers.micro_batch``.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ from carft_ray.words import value_text
 
 if TYPE_CHECKING:
     from carft_ray.data.cache import Entry
-    from carft_ray.launch.checkup import NodeReport
+    from carft_ray.launch.cluster.checkup import NodeReport
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
@@ -383,7 +383,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
 
 def node_table(reports: Sequence["NodeReport"]) -> Table:
     """Returns the table of what the nodes of a cluster have; columns without a value are left out."""
-    from carft_ray.launch.capacity import node_of
+    from carft_ray.launch.cluster.capacity import node_of
 
     rows = {}
     for one in reports:

@@ -77,7 +77,7 @@ class ResourcesConfig(Config):
     def threads_per_worker(self) -> int:
         """Threads of a worker; trials that compete for cores were measured 100 times slower.
 
-        Of a recipe whose ``cpus_per_worker`` is resolved (``launch.runtime``); else 1 where it is null.
+        Of a recipe whose ``cpus_per_worker`` is resolved (``launch.workers.runtime``); else 1 where it is null.
         """
         return self.threads or max(1, int(self.cpus_per_worker or 1))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, Problem, StorageError
-from carft_ray.launch.mailbox import NamedActor, started_here
+from carft_ray.launch.workers.mailbox import NamedActor, started_here
 from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED, STATE
 from carft_ray.store.attempt_files import checkpoint_of, checkpoints
 from carft_ray.store.bucket import Bucket

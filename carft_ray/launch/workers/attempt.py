@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from carft_ray.errors import StorageError
-from carft_ray.launch.mailbox import Process
+from carft_ray.launch.workers.mailbox import Process
 from carft_ray.store.folder import check_name
 from carft_ray.study.training import Failure, TrialSpec
 

@@ -24,7 +24,7 @@ from carft_ray import files as disk
 from carft_ray.data.formats.folder import read_class_names
 from carft_ray.data.sets import excluded_ids
 from carft_ray.errors import ClusterError, Problem, StorageError, UsageError
-from carft_ray.launch import job_package
+from carft_ray.launch.cluster import job_package
 from carft_ray.recipe.loading import dump_given, named_paths, with_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.place import Place, absolute, in_bucket

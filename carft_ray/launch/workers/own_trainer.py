@@ -14,8 +14,8 @@ from typing import Any
 from ray import cloudpickle
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.launch.runtime import Runner
-from carft_ray.launch.worker import RUNNER
+from carft_ray.launch.workers.runtime import Runner
+from carft_ray.launch.workers.worker import RUNNER
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.own_function import MAIN, OwnFunction, check_signature
 from carft_ray.training.run_context import RunContext

@@ -20,8 +20,8 @@ import ray
 
 from carft_ray import environment
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch import ray_private
-from carft_ray.launch.capacity import Node, held_by_others, node_of
+from carft_ray.launch.cluster import ray_private
+from carft_ray.launch.cluster.capacity import Node, held_by_others, node_of
 from carft_ray.study.holding import Stop
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it

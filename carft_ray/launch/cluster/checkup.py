@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import __version__
 from carft_ray.errors import Problem
-from carft_ray.launch.cluster import nodes_alive
-from carft_ray.launch.doctor import Diagnosis, Finding, Level
-from carft_ray.launch.ray_errors import root_cause
+from carft_ray.launch.cluster.cluster import nodes_alive
+from carft_ray.launch.cluster.doctor import Diagnosis, Finding, Level
+from carft_ray.launch.cluster.ray_errors import root_cause
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import counted
 
@@ -33,7 +33,7 @@ class NodeReport:
         name: Its address, with the start of Ray's name of it where two nodes have one address.
         node_id: Ray's name of it.
         resources: What it offers to Ray.
-        found: What it has found (``launch.doctor.look_around``); None if it has not answered.
+        found: What it has found (``launch.cluster.doctor.look_around``); None if it has not answered.
         fault: Why it has not.
     """
 
@@ -72,7 +72,7 @@ def _look() -> Callable[..., Any]:
 
         if installed != version:
             return f"carft-ray {installed}"
-        from carft_ray.launch.doctor import look_around
+        from carft_ray.launch.cluster.doctor import look_around
         from carft_ray.recipe.schema.recipe import Recipe
 
         return look_around(Recipe.model_validate(recipe))

@@ -22,12 +22,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from carft_ray.launch import ray_errors
-from carft_ray.launch.cluster import ENVIRONMENT
-from carft_ray.launch.mailbox import Box
-from carft_ray.launch.ray_private import lean
-from carft_ray.launch.runtime import Runtime
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.cluster import ray_errors
+from carft_ray.launch.cluster.cluster import ENVIRONMENT
+from carft_ray.launch.cluster.ray_private import lean
+from carft_ray.launch.workers.mailbox import Box
+from carft_ray.launch.workers.runtime import Runtime
+from carft_ray.launch.workers.worker import run_worker
 from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.data.copies.shared_images import read_shared, without_shared
-from carft_ray.launch.capacity import Capacity, Node, capacity_of
-from carft_ray.launch.file_transfer import StudyFiles
-from carft_ray.launch.mailbox import Box, Mailbox
+from carft_ray.launch.cluster.capacity import Capacity, Node, capacity_of
+from carft_ray.launch.workers.file_transfer import StudyFiles
+from carft_ray.launch.workers.mailbox import Box, Mailbox
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe, with_keys
 from carft_ray.recipe.schema.train import FEATURE_TERMS
@@ -50,7 +50,7 @@ class Runtime:
 
     Attributes:
         recipe: With ``cpus_per_worker`` and ``gpus_per_worker`` resolved.
-        study_dir: The study directory; nodes that do not see it have ``launch.node_files``.
+        study_dir: The study directory; nodes that do not see it have ``launch.workers.node_files``.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.

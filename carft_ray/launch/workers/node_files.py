@@ -2,7 +2,7 @@
 
 A node that sees the study's folder uses it. Other nodes use a folder in their cache: the files that a training needs
 are copied there first, and its results are copied back: from and to the bucket of the study, if the node reaches that,
-else the driver's machine (``launch.file_transfer``).
+else the driver's machine (``launch.workers.file_transfer``).
 
     CACHE/unseen/KEY/     as the study: prepared/, and trials/NAME/ while a training of this name runs
 """
@@ -22,8 +22,8 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, key_of, own_folder, own_folders, remove_folder
 from carft_ray.errors import CarftError, StorageError
-from carft_ray.launch.file_transfer import BucketFiles, Entry, StudyFiles, entries, reaches
-from carft_ray.launch.runtime import Runtime
+from carft_ray.launch.workers.file_transfer import BucketFiles, Entry, StudyFiles, entries, reaches
+from carft_ray.launch.workers.runtime import Runtime
 from carft_ray.layout import (
     ATTEMPT,
     KEPT_CHECKPOINTS,

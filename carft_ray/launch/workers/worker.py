@@ -23,12 +23,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import errors, files
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
-from carft_ray.launch import ray_errors
-from carft_ray.launch.mailbox import CALL_TIMEOUT_S, PATIENCE_S, RETRY_EVERY_S, Box, Kind, Order, Post, Process, Record
-from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.node_files import Delivery, sees, training_at_hand
-from carft_ray.launch.ray_private import forget_pickled_columns
-from carft_ray.launch.runtime import Fill, Prepare, Runner, Runtime, Train
+from carft_ray.launch.cluster import ray_errors
+from carft_ray.launch.cluster.ray_private import forget_pickled_columns
+from carft_ray.launch.workers.mailbox import (
+    CALL_TIMEOUT_S,
+    PATIENCE_S,
+    RETRY_EVERY_S,
+    Box,
+    Kind,
+    Order,
+    Post,
+    Process,
+    Record,
+)
+from carft_ray.launch.workers.micro_batch import fitted, memory_failure
+from carft_ray.launch.workers.node_files import Delivery, sees, training_at_hand
+from carft_ray.launch.workers.runtime import Fill, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import alone

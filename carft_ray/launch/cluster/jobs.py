@@ -21,10 +21,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from carft_ray import __version__
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.cluster import ENVIRONMENT
-from carft_ray.launch.ray_private import job_client
-from carft_ray.launch.stop import interruption
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError, interruption
+from carft_ray.launch.cluster.cluster import ENVIRONMENT
+from carft_ray.launch.cluster.ray_private import job_client
 from carft_ray.study.place import Place, absolute
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -280,7 +279,7 @@ def submit(
 def runtime_env(working_dir: Path | None, modules: Sequence[Path], variables: Mapping[str, str]) -> dict[str, Any]:
     """Returns the runtime environment of a search.
 
-    It sets no variable that ``launch.cluster`` sets: Ray would refuse the second of them.
+    It sets no variable that ``launch.cluster.cluster`` sets: Ray would refuse the second of them.
 
     Args:
         working_dir: The folder that is sent; None for nothing.

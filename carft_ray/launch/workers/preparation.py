@@ -13,13 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from carft_ray import environment
 from carft_ray.data.sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem
-from carft_ray.launch.capacity import Capacity, num_fitting
-from carft_ray.launch.cluster import nodes_alive
-from carft_ray.launch.mailbox import Box
-from carft_ray.launch.node_files import prepared_at_hand, sees, uses_bucket
-from carft_ray.launch.ray_errors import is_death, lost_rank, root_cause
-from carft_ray.launch.runtime import STOP_CHECK_S, Runtime
-from carft_ray.launch.worker import take_gpu
+from carft_ray.launch.cluster.capacity import Capacity, num_fitting
+from carft_ray.launch.cluster.cluster import nodes_alive
+from carft_ray.launch.cluster.ray_errors import is_death, lost_rank, root_cause
+from carft_ray.launch.workers.mailbox import Box
+from carft_ray.launch.workers.node_files import prepared_at_hand, sees, uses_bucket
+from carft_ray.launch.workers.runtime import STOP_CHECK_S, Runtime
+from carft_ray.launch.workers.worker import take_gpu
 from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.training.run_context import RunContext

@@ -2,7 +2,7 @@
 
 A job begins with this module, which ends it where it runs another code than was sent or a library is missing:
 
-    python -m carft_ray.launch.job_package [SOURCE]
+    python -m carft_ray.launch.cluster.job_package [SOURCE]
 """
 
 import re

@@ -2,7 +2,7 @@
 
     rank of a training    ``worker.Poster``: every second how far it is, and how it failed; rank 0 also rows of steps
                           and epochs and lines of the log; the answer is its order
-    group of workers      what it has ended, and what it is to do next (``launch.group``)
+    group of workers      what it has ended, and what it is to do next (``launch.workers.group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
