@@ -152,11 +152,11 @@ class Losing(Mailbox):
         self.last = post
         return self._lose(super().post, post)
 
-    def give(self, group, work):
-        return self._lose(super().give, group, work)
+    def ask(self, group, work):
+        return self._lose(super().ask, group, work)
 
-    def take(self, group, said):
-        return self._lose(super().take, group, said)
+    def answer(self, group, said):
+        return self._lose(super().answer, group, said)
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5])
@@ -316,7 +316,7 @@ def test_a_mailbox_that_forgets_costs_no_training_and_none_is_run_twice(groups):
 
 def test_workers_that_never_reach_the_mailbox_end_with_its_error(groups, monkeypatch):
     monkeypatch.setattr(group_module, "IDLE_S", 0.0)
-    monkeypatch.setattr(groups.runtime.mailbox, "take", mock.Mock(side_effect=ConnectionError("it is gone")))
+    monkeypatch.setattr(groups.runtime.mailbox, "answer", mock.Mock(side_effect=ConnectionError("it is gone")))
     with pytest.raises(ConnectionError, match="it is gone"):
         groups.run(WorkerGroup(groups.runtime), 0)
 

@@ -24,6 +24,7 @@ from carft_ray.model.clip import load_clip
 from carft_ray.model.lora import LowRank
 from carft_ray.model.mixing import move_towards, teacher_shares
 from carft_ray.model.tower import shape_tower
+from carft_ray.recipe.schedule import learning_rate_at
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig
 from carft_ray.results.page.data import method_of
@@ -32,7 +33,6 @@ from carft_ray.training.evaluate import Mixtures
 from carft_ray.training.linear_probe import probe
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.losses import Loss
-from carft_ray.training.optimizer import learning_rate_at
 from carft_ray.training.penalties import Anchor, RandomTexts, Reference, feature_sums, share_at
 from carft_ray.training.run_context import RunContext
 

@@ -29,7 +29,7 @@ from carft_ray.store.log import Log, log_of
 
 Tell = Callable[[int, int], None]  # bytes that are done, of all
 # what is needed: log, ledger and summaries; no predictions; no weights; no checkpoints; all
-STATE, NUMBERS, IMAGES, MODELS, ALL = range(5)
+STATE, NUMBERS, PER_IMAGE, MODELS, ALL = range(5)
 THREADS = 16
 _OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy has them
 
@@ -152,7 +152,7 @@ def is_needed(name: str, need: int) -> bool:
         return False
     if pieces[-1] == WEIGHTS:
         return need >= MODELS
-    return need >= IMAGES or PREDICTIONS.partition("/")[0] not in pieces
+    return need >= PER_IMAGE or PREDICTIONS.partition("/")[0] not in pieces
 
 
 def files_in(folder: Path) -> set[str]:

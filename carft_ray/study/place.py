@@ -24,7 +24,7 @@ from carft_ray.files import is_address
 from carft_ray.layout import MANIFEST, STOP_REQUESTS
 from carft_ray.store.bucket import Bucket, parsed
 from carft_ray.store.commit import commit_name
-from carft_ray.store.copy import ALL, IMAGES, STATE, Copy, Tell
+from carft_ray.store.copy import ALL, PER_IMAGE, STATE, Copy, Tell
 from carft_ray.store.log import Log, log_of
 from carft_ray.study import typed
 from carft_ray.study.holding import is_study, require_apart, unbegun
@@ -38,7 +38,7 @@ _fetched: dict[str, tuple[float, int]] = {}  # by address: when, and what was ne
 _brought: dict[tuple[str, str], float] = {}  # by address and name: when
 
 
-def fetched(place: Place, need: int = IMAGES) -> Path:
+def fetched(place: Place, need: int = PER_IMAGE) -> Path:
     """Returns the folder of a study; of one in a bucket that of a copy, brought up to date.
 
     Args:
@@ -167,7 +167,7 @@ def stop_request(log: Log) -> str:
     return f"{STOP_REQUESTS}/{log.claimed:08d}"
 
 
-def own_folder(place: Place, need: int | None = IMAGES) -> Path:
+def own_folder(place: Place, need: int | None = PER_IMAGE) -> Path:
     """Returns the folder of a study that a command changes; of one in a bucket the one where this machine works on it.
 
     Args:

@@ -28,7 +28,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS, KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.attempt_files import checkpoint_of
 from carft_ray.store.bucket import PIECE_BYTES, Tag
-from carft_ray.store.copy import IMAGES, Copy, files_in, is_needed, seen
+from carft_ray.store.copy import PER_IMAGE, Copy, files_in, is_needed, seen
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
 from carft_ray.study.place import DRIVEN, address_in, stop_request
@@ -65,7 +65,7 @@ class Driven(Copy):
         """
         self._remove([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
         self._tags = {MANIFEST: self.tag(MANIFEST)}
-        self._known = {name: (each.num_bytes, each.stamp_ns) for name, each in self.fetch(IMAGES).items()}
+        self._known = {name: (each.num_bytes, each.stamp_ns) for name, each in self.fetch(PER_IMAGE).items()}
         self._by_training = None
 
     def put_new(self, name: str, data: bytes) -> None:

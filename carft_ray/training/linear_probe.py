@@ -23,9 +23,9 @@ from carft_ray.data.source import PixelArray, Source, in_order
 from carft_ray.data.views import permutation
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import Clip
-from carft_ray.recipe.schedule import num_warmup_steps
+from carft_ray.recipe.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.recipe.schema.train import TrainConfig
-from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from carft_ray.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.training.ranks import from_rank_0, gather
 from carft_ray.training.run_context import RunContext
 

@@ -27,7 +27,7 @@ from carft_ray.model.clip import Clip
 from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import move_towards, teacher_shares, update_average
 from carft_ray.model.tower import compile_tower, half_built, set_aside_half_built, shape_tower
-from carft_ray.recipe.schedule import num_warmup_steps
+from carft_ray.recipe.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import prefetch
 from carft_ray.training.checkpoint import (
@@ -40,7 +40,7 @@ from carft_ray.training.checkpoint import (
 )
 from carft_ray.training.linear_probe import probe
 from carft_ray.training.losses import Loss
-from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from carft_ray.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.training.out_of_memory import is_out_of_memory, micro_batch_of
 from carft_ray.training.penalties import Anchor, share_at
 from carft_ray.training.ranks import from_rank_0, on_all_ranks

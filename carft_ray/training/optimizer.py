@@ -1,6 +1,5 @@
 """AdamW with the parameter groups of the recipe, its learning rate by step, and clipping of gradients."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,17 +44,6 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
         groups.append(group(bias, decays_all, train.head_lr_factor))
     groups = [each for each in groups if each["params"]]
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=BETAS, eps=EPS, fused=True)
-
-
-def learning_rate_at(step: int, peak: float, warmup: int, num_steps: int) -> float:
-    """Returns the learning rate of update ``step`` (from 0): linear warm-up, then a cosine to 0.
-
-    ``peak * (step + 1) / warmup`` while ``step < warmup``, then
-    ``peak * (1 + cos(pi * (step - warmup) / (num_steps - warmup))) / 2`` (as coded in wise-ft, `src/models/utils.py`).
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -124,7 +124,7 @@ class WorkerGroup:
 
     def _give(self, work: Work | str) -> None:
         with contextlib.suppress(OSError):  # it is said again
-            self._said = self._box.give(self._name, work) or self._said
+            self._said = self._box.ask(self._name, work) or self._said
 
     def _fit(self) -> None:
         try:
@@ -196,7 +196,7 @@ def _next(box: Box, group: str, said: Said) -> Work | None:
     while True:
         is_late = time.monotonic() - free_since >= IDLE_S
         try:
-            work: Work | str | None = box.take(group, said)
+            work: Work | str | None = box.answer(group, said)
         except OSError:
             if is_late:
                 raise

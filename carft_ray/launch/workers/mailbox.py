@@ -127,8 +127,8 @@ class Box(Protocol):
 
     def post(self, post: Post) -> Answer: ...
     def exchange(self, wishes: Mapping[str, Wish]) -> dict[str, Signs]: ...
-    def give(self, group: str, work: Any) -> Any: ...
-    def take(self, group: str, said: Any) -> Any: ...
+    def ask(self, group: str, work: Any) -> Any: ...
+    def answer(self, group: str, said: Any) -> Any: ...
 
 
 class Mailbox:
@@ -186,13 +186,13 @@ class Mailbox:
             self._signs = {name: signs for name, signs in kept.items() if signs.attempt == wishes[name].attempt}
             return {name: replace(signs, steps=dict(signs.steps)) for name, signs in self._signs.items()}
 
-    def give(self, group: str, work: Any) -> Any:
+    def ask(self, group: str, work: Any) -> Any:
         """Takes what a kept group of workers is to do next; returns what the group has said last, or None."""
         with self._lock:
             self._work[group] = work
             return self._said.get(group)
 
-    def take(self, group: str, said: Any) -> Any:
+    def answer(self, group: str, said: Any) -> Any:
         """Takes what a kept group of workers says; returns what it is to do next, or None."""
         with self._lock:
             self._said[group] = said
@@ -277,13 +277,13 @@ class RemoteMailbox(NamedActor):
         """As ``Mailbox.exchange``; raises an ``OSError`` when it has no answer in time."""
         return self._call("exchange", wishes)  # type: ignore[no-any-return]
 
-    def give(self, group: str, work: Any) -> Any:
-        """As ``Mailbox.give``; raises an ``OSError`` when it has no answer in time."""
-        return self._call("give", group, work)
+    def ask(self, group: str, work: Any) -> Any:
+        """As ``Mailbox.ask``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("ask", group, work)
 
-    def take(self, group: str, said: Any) -> Any:
-        """As ``Mailbox.take``; raises an ``OSError`` when it has no answer in time."""
-        return self._call("take", group, said)
+    def answer(self, group: str, said: Any) -> Any:
+        """As ``Mailbox.answer``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("answer", group, said)
 
     def _call(self, method: str, *given: Any) -> Any:
         return self.result(self.begin(method, *given), CALL_TIMEOUT_S)

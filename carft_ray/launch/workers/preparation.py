@@ -35,7 +35,7 @@ WAITS = "the preparation waits for a node: is the cluster full? See `ray status`
 def _say(box: Box, what: str, node: str, text: str) -> None:
     """Passes what a task does, on a node that is named where there are several, to the driver's process."""
     with contextlib.suppress(OSError):  # the next text will do
-        box.take(what, f"{node}: {text}" if node else text)
+        box.answer(what, f"{node}: {text}" if node else text)
 
 
 def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[], bool] = bool) -> None:
@@ -153,7 +153,7 @@ def _rounds(
             raise ClusterError(Problem("preparation", "was stopped on request"))
         text = silent if time.monotonic() - began >= WAIT_NOTE_AFTER_S else ""
         with contextlib.suppress(OSError):
-            text = str(runtime.mailbox.give(what, None) or text)
+            text = str(runtime.mailbox.ask(what, None) or text)
         if text not in ("", told):
             told = text
             say(text)

@@ -14,7 +14,7 @@ from carft_ray.layout import COMMITS, LOG, MANIFEST, METRICS, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.recipe.space import num_trials
-from carft_ray.store.copy import IMAGES, STATE
+from carft_ray.store.copy import PER_IMAGE, STATE
 from carft_ray.store.log import SILENT_FOR_S, log_of
 from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
@@ -113,7 +113,7 @@ class Overview(Snapshot):
         return {name: own[name] for name in names if name in own and name not in left_out}
 
 
-def read_study(place: Place, need: int = IMAGES) -> Overview:
+def read_study(place: Place, need: int = PER_IMAGE) -> Overview:
     """Reads a study.
 
     Args:
@@ -147,7 +147,7 @@ def studies_in(folder: Path) -> list[Path]:
     return found
 
 
-def require_study(place: Place, rule: str = "must be a study", need: int = IMAGES) -> Path:
+def require_study(place: Place, rule: str = "must be a study", need: int = PER_IMAGE) -> Path:
     """Returns a study's folder as an absolute path; of one in a bucket that of its copy, brought up to date.
 
     Raises:
