@@ -13,17 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, StorageError
+from carft_ray.errors import StorageError
 from carft_ray.launch import events
 from carft_ray.launch.budget import BUDGET_STOP, used_up
 from carft_ray.launch.cluster.capacity import AtATime
-from carft_ray.launch.cluster.ray_errors import STARTED_LATE, is_full_memory, no_successful_trial
+from carft_ray.launch.cluster.ray_errors import no_successful_trial
+from carft_ray.launch.ending import Ending, death_of, ending_of, only_node
 from carft_ray.launch.giving_up import GivingUp
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.nodes import BadNodes, Drains
 from carft_ray.launch.workers import micro_batch
 from carft_ray.launch.workers.attempt import Attempt, own_names
-from carft_ray.launch.workers.mailbox import PATIENCE_S, Exchange, Mailbox, Process
+from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Process
 from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store import attempt_files
@@ -33,7 +34,7 @@ from carft_ray.store.folder import RefusedError
 from carft_ray.study.records import STOPPING
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
-from carft_ray.study.training import Failure, TrialSpec
+from carft_ray.study.training import TrialSpec
 from carft_ray.words import counted
 
 POLL_EVERY_S = 0.5
@@ -41,7 +42,6 @@ POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 STOP_UNLOGGED_S = 60.0  # time to stop after the log has failed; a search elsewhere may soon take the study over
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
-SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
 
 
 @dataclass(eq=False)
@@ -166,7 +166,7 @@ class Driver:
             if attempt.last_row and files.seen(spec.place(self.study.study_dir) / RESULT):
                 self._longest_end_s = max(self._longest_end_s, time.monotonic() - attempt.last_row)
             if dead_rank is not None and not attempt.hung:
-                gone = self._died(attempt, gone, dead_rank)
+                attempt.failure, gone = death_of(attempt, gone, dead_rank)
             self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
@@ -366,55 +366,21 @@ class Driver:
             self.study.stop.ask(f"{BUDGET_STOP}{self.out_of_budget}")
         return bool(self.out_of_budget)
 
-    def _died(self, attempt: Attempt, gone: str, rank: int) -> str:
-        """Notes that an attempt was lost with one of its ranks, whatever the others have made of it.
-
-        Returns:
-            Which rank, where, and why.
-        """
-        spec, nodes = attempt.spec, attempt.alive.nodes if attempt.alive else ()
-        node, address = nodes[rank] if rank < len(nodes) else ("", "")
-        where = f"rank {rank}{f' on {address}' if address else ''}"
-        reason = gone if is_full_memory(gone) else f"{where}: {gone}"
-        before = attempt.failure
-        if before is None or before.outcome in ("error", "lost"):
-            details = "" if before is None else before.details or before.reason
-            attempt.failure = Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node)
-        return reason
-
     def _settle(self, attempt: Attempt, seconds: float, gone: str) -> None:
         """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
-        spec = attempt.spec
-        failure = attempt.failure
+        spec, failure = attempt.spec, attempt.failure
         if failure is not None and failure.device:
             self.study.log.write(micro_batch.fits_record(failure))
         row = self.study.settle(spec, failure, self.study.spent(spec, seconds, self.gpus))
         if row is None:
-            if self.check_stop():
-                self.has_stopped = True
-                self.study.stopped(spec)  # it stays RUNNING, for the next search
-                return
-            leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
-            if failure is None and leaves and not gone:
-                known = self.study.log.store.known(spec.training)
-                attempt_files.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
-                self.study.repeat(spec)
-                self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))
-                return
-            if failure is None or failure.outcome == "lost":
-                self._lost(attempt, failure, gone)
-                return
-            self.on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
-            if failure.outcome == "memory":
-                return
-        reason = row.reason if row else failure.reason if failure else ""
-        if (row is None or row.outcome == "error") and not attempt.last_row:  # its surroundings may be broken
-            self._failed_on(_only_node(attempt))
-        self._giving_up.count(row is None or row.outcome == "error", reason, self.at_a_time.most)
-        if row is None:
+            has_slept = attempt.began < self.exchange.woke
+            self._again(attempt, ending_of(attempt, gone, self.check_stop(), has_slept, self.at_a_time))
             return
-        if row.outcome != "error" and attempt.alive:
-            for node in sorted({node for node, _ in attempt.alive.nodes}):
+        if row.outcome == "error":
+            self._count_error(attempt, row.reason)
+        else:
+            self._giving_up.count(False, "", self.at_a_time.most)
+            for node in sorted({node for node, _ in attempt.alive.nodes}) if attempt.alive else ():
                 self.bad_nodes.well(node)
         if row.kind == "baseline":
             self.on_event(events.BaselineFinished(row))
@@ -430,43 +396,49 @@ class Driver:
         if best is None and self._giving_up.is_in_vain(self.at_a_time.most, running_s):
             raise no_successful_trial(self.study.study_dir, self._giving_up.trials)
 
-    def _lost(self, attempt: Attempt, failure: Failure | None, gone: str) -> None:
-        """Gives an attempt under which a machine has failed another one, or sets its training aside.
+    def _again(self, attempt: Attempt, ending: Ending) -> None:
+        """Gives a training without a verdict another attempt, now or in the next search, or sets it aside."""
+        spec, reason, another = attempt.spec, ending.reason, "gets another attempt"
+        folder = spec.folder(self.study.study_dir)
 
-        Args:
-            attempt: The attempt.
-            failure: What its workers have left of it.
-            gone: As of ``ended``.
-        """
-        spec, alive = attempt.spec, attempt.alive
-        reason, _, details = gone.partition("\n")
-        if attempt.hung:
-            reason, details = attempt.hung, "\n".join(filter(None, [attempt.stacks(), details]))
-        reason = reason or "its process ended without a message"
-        node = _only_node(attempt)
-        if failure is not None:
-            reason, details, node = failure.reason, failure.details, failure.node
-        addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
-        if addresses and addresses not in reason:
-            reason = f"{reason} (on {addresses})"
-        fitting = self.at_a_time.concurrency
-        is_full = is_full_memory(reason) and fitting > 1
-        waits = self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason  # for nodes
-        if is_full or waits:
-            fewer = f"gets another attempt, with {fitting - 1} at a time from now on instead of {fitting}"
-            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self.study.repeat(spec)
-            self.on_event(events.Note(f"{spec.name} {fewer if is_full else 'waits again'}: {reason}"))
-            if is_full:
+        def note(what: str) -> None:
+            self.on_event(events.Note(f"{spec.name} {what}: {reason}"))
+
+        match ending.kind:
+            case "stopped":
+                self.has_stopped = True
+                self.study.stopped(spec)  # it stays RUNNING, for the next search
+            case "left":
+                attempt_files.log_left(folder, spec.attempt, reason, self.study.log.store.known(spec.training))
+                self.study.repeat(spec)
+                note(another)
+            case "memory" | "error":  # ``settle`` has queued it
+                note(another)
+                if ending.kind == "error":
+                    self._count_error(attempt, reason)
+            case "waits":
+                log_lost(folder, spec.attempt, reason)
+                self.study.repeat(spec)
+                note("waits again")
+            case "full":
+                log_lost(folder, spec.attempt, reason)
+                self.study.repeat(spec)
+                fitting = self.at_a_time.concurrency
+                note(f"{another}, with {fitting - 1} at a time from now on instead of {fitting}")
                 self.at_a_time.memory_was_full()
-            return
-        what = self.study.lost(spec, reason, details)
-        self._failed_on(node)
-        if what == "set aside":
-            self.on_event(events.TrialSetAside(spec, reason))
-        else:
-            self.on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
-        self._giving_up.count(what != "advanced", reason, self.at_a_time.most, lost=True)
+            case "lost":
+                what = self.study.lost(spec, reason, ending.details)
+                self._failed_on(ending.node)
+                if what == "set aside":
+                    self.on_event(events.TrialSetAside(spec, reason))
+                else:
+                    note(another)
+                self._giving_up.count(what != "advanced", reason, self.at_a_time.most, lost=True)
+
+    def _count_error(self, attempt: Attempt, reason: str) -> None:
+        if not attempt.last_row:  # its surroundings may be broken
+            self._failed_on(only_node(attempt))
+        self._giving_up.count(True, reason, self.at_a_time.most)
 
     def _failed_on(self, node: str) -> None:
         if note := self.bad_nodes.failed(node):
@@ -476,8 +448,3 @@ class Driver:
         """Keeps the first failure, which whoever runs the trainings raises at the end, and asks what runs to stop."""
         self.failure = self.failure or error
         self.study.stop.ask(str(error))
-
-
-def _only_node(attempt: Attempt) -> str:
-    """Returns Ray's name of the node of an attempt; empty where it has several: it is not known which has failed."""
-    return attempt.alive.node_id if attempt.alive and len(attempt.alive.nodes) == 1 else ""

@@ -12,9 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError
@@ -71,7 +69,7 @@ class Stage:
     """A comparison: the rows and the seeds that all of them are trained with."""
 
     winner: typed.Words
-    seeds: Annotated[tuple[typed.Seed, ...], Field(min_length=1)]
+    seeds: typed.Seeds
     rows: tuple[PlanRow, ...]
 
     def names(self, row: PlanRow) -> list[str]:

@@ -22,6 +22,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]  # also a time since 1970: until the year 2286
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as in a recipe
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 Metrics = dict[str, Number]
 Words = Annotated[str, Field(max_length=2**20)]
 _STEP = "Restore it from a copy, or take the study from a source that you trust; carft-ray has not written this."
