@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from carft_ray.data.copies.find import SharedRow, shared_pairs
+from carft_ray.data.copies.find_duplicates import SharedRow, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
 from carft_ray.data.sandbox import DOMAINS, SandboxSource

@@ -15,9 +15,9 @@ from torch.distributed import TCPStore
 
 import cluster
 from carft_ray import __version__, environment
-from carft_ray.launch.cluster import checkup
-from carft_ray.launch.cluster.checkup import NodeReport, collective, judge
+from carft_ray.launch.cluster import node_doctor
 from carft_ray.launch.cluster.doctor import Diagnosis
+from carft_ray.launch.cluster.node_doctor import NodeReport, collective, judge
 from carft_ray.ui.console import node_table
 
 VERSIONS = environment.versions()
@@ -102,19 +102,19 @@ def test_nodes_with_the_same_fault_share_one_message_and_errors_stand_first():
 
 def test_a_trial_of_one_worker_needs_no_collective():
     two = [report(), report("10.0.0.3")]
-    assert checkup.check_collective(two, stand_in.make_recipe(1), pytest.fail) == []
+    assert node_doctor.check_collective(two, stand_in.make_recipe(1), pytest.fail) == []
     recipe = stand_in.make_recipe(1, resources={"num_workers": 2, "executor": "ray-train"})
-    assert checkup.check_collective(two[:1], recipe, pytest.fail) == []
+    assert node_doctor.check_collective(two[:1], recipe, pytest.fail) == []
 
 
 @pytest.mark.parametrize(("gpus", "backend"), [(None, "nccl"), (0.5, "nccl"), (0, "gloo")])
 def test_nodes_with_gpus_are_checked_with_the_collective_that_trials_use(monkeypatch, gpus, backend):
     asked, said = [], []
-    monkeypatch.setattr(checkup, "_submit", lambda node, function, *given: asked.append(given[0]))
-    monkeypatch.setattr(checkup, "_answers", lambda tasks, within_s: ["" for _ in tasks])
+    monkeypatch.setattr(node_doctor, "_submit", lambda node, function, *given: asked.append(given[0]))
+    monkeypatch.setattr(node_doctor, "_answers", lambda tasks, within_s: ["" for _ in tasks])
     resources = {"num_workers": 2, "executor": "ray-train", "gpus_per_worker": gpus}
     two = [report(resources=GPU, gpus=2), report("10.0.0.3", resources=GPU, gpus=2)]
-    assert checkup.check_collective(two, stand_in.make_recipe(1, resources=resources), said.append) == []
+    assert node_doctor.check_collective(two, stand_in.make_recipe(1, resources=resources), said.append) == []
     assert asked == [backend] * 2
     assert said == [f"running a collective over 2 nodes ({backend})"]
 

@@ -34,7 +34,7 @@ from carft_ray.launch.cluster.ray_errors import error_of, explained, host_memory
 from carft_ray.launch.cluster.ray_private import one_trial_dies
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
-from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.run_trainings import run_trainings
 from carft_ray.launch.workers.mailbox import Wish
 from carft_ray.launch.workers.micro_batch import fits_record, fitted, memory_failure, noted
 from carft_ray.launch.workers.runtime import Runner, make_runtime

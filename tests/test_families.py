@@ -13,7 +13,7 @@ from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.heads import build_heads
 from carft_ray.model.tower import layer_groups
 from carft_ray.model.weights_files import quiet
-from carft_ray.training.losses import context_distribution, context_kl
+from carft_ray.training.car_ft_loss import context_distribution, context_kl
 
 TEMPLATES = ("a photo of a {}", "a sketch of the {}")
 WORDS = ("cat", "dog", "car")

@@ -27,9 +27,9 @@ from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
+from carft_ray.training.car_ft_loss import Loss, context_distribution, context_entropy, context_kl
 from carft_ray.training.loop import StoppedRun, _views, fine_tune
-from carft_ray.training.losses import Loss, context_distribution, context_entropy, context_kl
-from carft_ray.training.penalties import Reference
+from carft_ray.training.other_penalties import Reference
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 

@@ -22,10 +22,10 @@ from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.recipe.schema.train import TrainConfig
+from carft_ray.training.car_ft_loss import Loss, context_distribution
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.loop import fine_tune
-from carft_ray.training.losses import Loss, context_distribution
-from carft_ray.training.penalties import Reference
+from carft_ray.training.other_penalties import Reference
 from carft_ray.training.run_context import RunContext
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,11 +29,11 @@ from carft_ray.recipe.schema.model import ModelConfig
 from carft_ray.recipe.schema.train import PENALTIES, SCHEDULED, TrainConfig
 from carft_ray.results.page.data import method_of
 from carft_ray.training import loop, targets
+from carft_ray.training.car_ft_loss import Loss
 from carft_ray.training.evaluate import Mixtures
 from carft_ray.training.linear_probe import probe
 from carft_ray.training.loop import StoppedRun, fine_tune
-from carft_ray.training.losses import Loss
-from carft_ray.training.penalties import Anchor, RandomTexts, Reference, feature_sums, share_at
+from carft_ray.training.other_penalties import Anchor, RandomTexts, Reference, feature_sums, share_at
 from carft_ray.training.run_context import RunContext
 
 B, C, D, M = 6, 5, 12, 9  # images, classes, width, texts

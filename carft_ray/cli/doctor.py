@@ -59,7 +59,7 @@ def doctor(
     reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:
         if address is not None:
-            from carft_ray.launch.cluster import checkup, cluster
+            from carft_ray.launch.cluster import cluster, node_doctor
             from carft_ray.layout import RAY_LOG
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
@@ -67,8 +67,8 @@ def doctor(
         with counting() as progress:
             found = examine(value, images or NUM_IMAGES, quick, say, progress, memory_gb)
         if address is not None:
-            reports = checkup.ask_nodes(value, say)
-            on_nodes = [*checkup.judge(reports, found), *checkup.check_collective(reports, value, say)]
+            reports = node_doctor.ask_nodes(value, say)
+            on_nodes = [*node_doctor.judge(reports, found), *node_doctor.check_collective(reports, value, say)]
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
     else:

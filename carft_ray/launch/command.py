@@ -4,7 +4,7 @@ with open_study(...) as study:          # the claim, no stop file of before, the
     resolved.yaml, recovery             # of this command; what has ended is recorded, the rest is queued
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
-        run_trainings(study, runtime)   # ``launch.trainings``
+        run_trainings(study, runtime)   # ``launch.run_trainings``
     end(study, ran)                     # the result, or why there is none
 
 Killed and run again, each continues where it was.
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.find import SharedRow, digests_of_tests
+from carft_ray.data.copies.find_duplicates import SharedRow, digests_of_tests
 from carft_ray.data.copies.shared_images import shared_of_study, write_shared
 from carft_ray.errors import (
     BudgetError,
@@ -43,8 +43,8 @@ from carft_ray.launch.cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import Note, OnEvent, Preparing
 from carft_ray.launch.nodes import await_nodes, may_grow
+from carft_ray.launch.run_trainings import STOPPED, run_trainings
 from carft_ray.launch.stop import interruptions_as
-from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.launch.workers.file_transfer import start_files
 from carft_ray.launch.workers.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.workers.own_trainer import own_notes

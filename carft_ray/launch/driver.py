@@ -3,8 +3,8 @@
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
 **ended** (``ended``). Between, ``poll`` reads what was posted, the epochs of what runs, whether a stop was asked for,
 and the budget; what is to end gets its order through the mailbox.
-Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.trainings``) calls these four, each from
-one thread.
+Whoever runs the trainings (``launch.tune_runner``, or this process: ``launch.run_trainings``) calls these four, each
+from one thread.
 """
 
 import math

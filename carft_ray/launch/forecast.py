@@ -26,7 +26,7 @@ from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem, interruption
 from carft_ray.launch.cluster.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare
-from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.run_trainings import run_trainings
 from carft_ray.launch.workers.preparation import fill_nodes
 from carft_ray.launch.workers.runtime import Say, decide_targets, num_stored_visits
 from carft_ray.launch.workers.worker import RUNNER, there

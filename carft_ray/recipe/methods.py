@@ -1,7 +1,7 @@
 """The methods by name: which keys of ``train`` each sets, and which it searches, read from ``methods.toml``.
 
-A method is CE plus penalties that hold the model to the frozen one (``training.penalties``), or another way to begin.
-It changes its own keys and nothing else of a recipe, so that studies of two methods differ in the method alone.
+A method is CE plus penalties that hold the model to the frozen one (``training.other_penalties``), or another way to
+begin. It changes its own keys and nothing else of a recipe, so that studies of two methods differ in the method alone.
 """
 
 import functools

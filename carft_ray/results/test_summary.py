@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, listed, made_folder
-from carft_ray.data.copies.find import SharedRow
+from carft_ray.data.copies.find_duplicates import SharedRow
 from carft_ray.data.copies.shared_images import shared_counts
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec

@@ -8,8 +8,8 @@ from typing import Any
 
 _HOMES = {
     "RunContext": "training.run_context",
-    "context_distribution": "training.losses",
-    "context_kl": "training.losses",
+    "context_distribution": "training.car_ft_loss",
+    "context_kl": "training.car_ft_loss",
     "fine_tune": "training.loop",
     "load_clip": "model.clip",
     "mix_weights": "model.mixing",

@@ -30,6 +30,7 @@ from carft_ray.model.tower import compile_tower, half_built, set_aside_half_buil
 from carft_ray.recipe.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.recipe.schema.train import PENALTIES, TrainConfig
 from carft_ray.training import prefetch
+from carft_ray.training.car_ft_loss import Loss
 from carft_ray.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -39,10 +40,9 @@ from carft_ray.training.checkpoint import (
     optimizer_tensors,
 )
 from carft_ray.training.linear_probe import probe
-from carft_ray.training.losses import Loss
 from carft_ray.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from carft_ray.training.other_penalties import Anchor, share_at
 from carft_ray.training.out_of_memory import is_out_of_memory, micro_batch_of
-from carft_ray.training.penalties import Anchor, share_at
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import BLOCK, Part, Targets

@@ -47,8 +47,8 @@ from carft_ray.model.clip import Clip, model_key
 from carft_ray.model.device import compute_dtype, computed_on
 from carft_ray.model.tower import compile_passes
 from carft_ray.recipe.schema.train import TrainConfig
-from carft_ray.training.losses import context_distribution
-from carft_ray.training.penalties import RandomTexts, Reference
+from carft_ray.training.car_ft_loss import context_distribution
+from carft_ray.training.other_penalties import RandomTexts, Reference
 from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload
 
 TARGETS = "targets"  # all stores, in the cache

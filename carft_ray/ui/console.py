@@ -21,7 +21,7 @@ from carft_ray.words import value_text
 
 if TYPE_CHECKING:
     from carft_ray.data.cache import Entry
-    from carft_ray.launch.cluster.checkup import NodeReport
+    from carft_ray.launch.cluster.node_doctor import NodeReport
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}

@@ -34,7 +34,7 @@ from torch.nn import functional
 from wordnet import Nouns, synset_of_drawing, with_hypernyms
 
 from carft_ray.model.heads import build_heads
-from carft_ray.training.losses import context_distribution, context_entropy
+from carft_ray.training.car_ft_loss import context_distribution, context_entropy
 
 NUM_STEPS = 300  # of a variant: a fifth of the training
 PHOTOGRAPHS = (

@@ -19,7 +19,7 @@ import torch
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_names
-from carft_ray.data.copies.find import SharedRow, Sources, shared_pairs
+from carft_ray.data.copies.find_duplicates import SharedRow, Sources, shared_pairs
 from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, records, same_words
@@ -40,8 +40,8 @@ from carft_ray.recipe.rules import named_sets, warnings
 from carft_ray.recipe.schema.data import TEST_ROLES, SetSpec, StoredSet
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.recipe.written import KeyPath, dotted
+from carft_ray.training.car_ft_loss import context_distribution, context_entropy
 from carft_ray.training.evaluate import predict, subset, usual_batch
-from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.memory import micro_batch_to_begin_with
 from carft_ray.training.out_of_memory import in_batches
 from carft_ray.training.run_context import RunContext

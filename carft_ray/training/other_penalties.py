@@ -5,7 +5,7 @@
 With f and f0 the unit features of student and frozen model on the same view, z the student's class logits, C0 the
 zero-shot class head and s the logit scale, as means over the global batch:
 
-    KL = KL of contexts (``losses``)              share = 1, or with ``penalty_schedule`` 1 - step / number of steps
+    KL = KL of contexts (``car_ft_loss``)         share = 1, or with ``penalty_schedule`` 1 - step / number of steps
     K  = KL(softmax(s f0 C0) || softmax(z))       distillation of the class logits, at temperature 1
     F  = 1 - <f, f0> = |f - f0|^2 / 2             distillation of the features
     T  = 1/(2M) sum over m of (s <f - f0, t_m>)^2     Lipsum-FT, arXiv 2404.00860

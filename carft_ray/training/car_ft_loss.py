@@ -1,4 +1,4 @@
-"""The loss of CAR-FT; ``penalties`` has the other terms.
+"""The loss of CAR-FT; ``other_penalties`` has the other terms.
 
     loss = 1/B * sum_b CE(class_logits[b], y[b]) + kl_weight * 1/B * sum_b KL(p0[b] || p[b])       B: the global batch
 
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.model.classifier import at_least_float32
 from carft_ray.recipe.schema.train import TrainConfig
-from carft_ray.training.penalties import Reference, feature_sums
+from carft_ray.training.other_penalties import Reference, feature_sums
 
 
 def context_distribution(features_BD: Tensor, context_head_TD: Tensor, logit_scale: float) -> Tensor:
