@@ -123,7 +123,7 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# the generated parts of docs/recipe.md, docs/resume.md and docs/commands.md, and the JSON schema of a recipe
+# the generated parts of docs/recipe_*.md, docs/resume.md and docs/commands.md, and the JSON schema of a recipe
 tables: $(VENV)/.installed
 	@$(BIN)/python docs/keys.py
 

@@ -54,7 +54,9 @@ CHAPTERS = {
         *("docs/troubleshoot", "docs/privacy", "docs/own_trainer", "docs/exports", "docs/tracking"),
     ),
     "Reference": (
-        *("docs/recipe", "search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
+        *("docs/recipe", "docs/recipe_model", "docs/recipe_data", "docs/recipe_sources", "docs/recipe_train"),
+        *("docs/recipe_search", "docs/recipe_sampler", "docs/recipe_run"),
+        *("search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
         *("docs/benchmarks", "docs/corruptions", "docs/decoding", "examples/pacs/README"),
     ),
     "Why": ("docs/method", "docs/results", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),

@@ -287,23 +287,31 @@ def surface() -> list[str]:
 # ---- the files
 
 
-def updated(text: str, tables: Tables) -> str:
-    """Returns a document with the tables in their places.
+def updated(texts: dict[str, str], tables: Tables) -> dict[str, str]:
+    """Returns documents by name with the tables in their places.
 
     Raises:
-        ValueError: The document has not one place for each table.
+        ValueError: The documents together have not one place for each table.
     """
-    places = [name for _, name, _ in TABLE.findall(text)]
+    places = [name for text in texts.values() for _, name, _ in TABLE.findall(text)]
     if sorted(places) != sorted(tables):
         raise ValueError(f"must have one place for each of {sorted(tables)}, but got {sorted(places)}")
-    return TABLE.sub(lambda found: "".join((found[1], *(f"{line}\n" for line in tables[found[2]]), found[3])), text)
+
+    def with_table(found: re.Match[str]) -> str:
+        return "".join((found[1], *(f"{line}\n" for line in tables[found[2]]), found[3]))
+
+    return {name: TABLE.sub(with_table, text) for name, text in texts.items()}
 
 
 def made(root: Path) -> dict[str, str]:
     """Returns the text of every file that is made here, by its name below the root of the project."""
-    documents = {"docs/recipe.md": key_tables, "docs/resume.md": resume_tables, "docs/commands.md": command_lists}
-    documents |= {"docs/methods.md": method_tables, "docs/results.md": result_tables}
-    texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
+    documents = {"recipe*": key_tables, "resume": resume_tables, "commands": command_lists}
+    documents |= {"methods": method_tables, "results": result_tables}
+    texts: dict[str, str] = {}
+    for pages, tables in documents.items():
+        paths = sorted((root / "docs").glob(f"{pages}.md"))
+        read = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in paths}
+        texts |= updated(read, tables())
     schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
     return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n", SURFACE: "".join(f"{line}\n" for line in surface())}
 

@@ -129,12 +129,12 @@ def test_a_stale_table_is_found_and_written_anew(tmp_path):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((root / name).read_text().replace("peak learning rate", "learning rate"))
-    stale = "docs/recipe.md, search_spaces/carft-ray.schema.json"
+    stale = "docs/recipe_train.md, search_spaces/carft-ray.schema.json"
     assert keys.main(["--check"], tmp_path) == f"not as the schema has them: {stale}; run: make tables"
     assert keys.main([], tmp_path) is None
     assert all((tmp_path / name).read_text() == (root / name).read_text() for name in names)
     with pytest.raises(ValueError, match=r"must have one place for each of \['a', 'b'\], but got \['a'\]"):
-        keys.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})
+        keys.updated({"c": "<!-- keys: a -->\n<!-- end -->\n"}, {"a": ["x"], "b": ["y"]})
 
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(schema_text()))

@@ -1,7 +1,7 @@
 """The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
-study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``docs/recipe.md`` and
+study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``docs/recipe*.md`` and
 ``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
