@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions, sample_ids
-from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.evaluation.predictions import alphas, sample_ids
+from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.results.evidence import AT_ONE, compare, comparison_lines
-from carft_ray.results.stages import TRIALS, PlanRow, Stage, whole_rows
+from carft_ray.results.stages import PlanRow, Stage, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import values_by_seed
+from carft_ray.results.stored import correct_at, row_correct, tables_of, trials_of
 from carft_ray.study.snapshot import Snapshot
-from carft_ray.study.training import TrialRow, file_of
+from carft_ray.study.training import TrialRow
 
 
 def choose(study: Snapshot, stage: Stage) -> str:
@@ -36,11 +36,7 @@ def choose(study: Snapshot, stage: Stage) -> str:
         NoSuccessfulTrialError: None of them was trained with all seeds.
     """
     spec = objective_spec(study.recipe)
-    means = {
-        row.name: float(np.mean(values_by_seed(spec, row_correct(study.study_dir, spec, trainings, row))))
-        for row, trainings in whole_rows(stage, study.confirmations)
-        if row.role in TRIALS
-    }
+    means = {name: float(np.mean(values_by_seed(spec, each))) for name, each in trials_of(study, spec, stage)}
     if not means:
         rule = "at least one of the trials must train with all fresh seeds"
         raise NoSuccessfulTrialError(Problem(str(study.study_dir / CONFIRM), rule, "none did"))
@@ -70,7 +66,7 @@ def summarise(study: Snapshot, first: Stage, second: Stage | None) -> dict[str, 
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
     whole = [each for row, trainings in whole for each in _at_its_own_alpha(study_dir, spec, row, trainings)]
-    table = _tables(study_dir, whole[0][1])[0]
+    table = tables_of(study_dir, whole[0][1])[0]
     ids = {name: sample_ids(table, name, whole[0][0].alpha) for name in spec.sets}
     facts = [
         {"name": row.name, "role": row.role, "alpha": row.alpha, "seeds": len(found), "chosen_from": row.chosen_from}
@@ -106,9 +102,9 @@ def _at_its_own_alpha(
     """
     yield row, trainings
     if row.role == "ablation":
-        tables = _tables(study_dir, trainings)  # read once for all alphas
+        tables = tables_of(study_dir, trainings)  # read once for all alphas
         grid = [alpha for alpha in alphas(tables[0], spec.id_set) if alpha]
-        means = [np.mean(values_by_seed(spec, _correct_at(tables, spec, alpha))) for alpha in grid]
+        means = [np.mean(values_by_seed(spec, correct_at(tables, spec, alpha))) for alpha in grid]
         own = grid[int(np.argmax(means))]
         if own != row.alpha:
             yield replace(row, name=f"{row.name}, its own alpha", alpha=own), trainings
@@ -138,30 +134,6 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
         *chosen_from_lines(content),
         *([] if content["rows"][0]["ood_accuracy"] else ["Selected on ID only: the recipe has no ood_val."]),
     ]
-
-
-def row_correct(
-    study_dir: Path, spec: ObjectiveSpec, trainings: Sequence[TrialRow], row: PlanRow
-) -> dict[str, BoolArray]:
-    """Returns per validation set which images a configuration classifies right at its alpha, bool [r, n].
-
-    The zero-shot model has no seeds: r is 1.
-
-    Raises:
-        StorageError: Predictions are missing or damaged.
-    """
-    return _correct_at(_tables(study_dir, trainings), spec, row.alpha)
-
-
-def _tables(study_dir: Path, trainings: Sequence[TrialRow]) -> list[pa.Table]:
-    """Returns the stored predictions of each training; of none, those of the zero-shot model."""
-    paths = [file_of(study_dir, each, PREDICTIONS) for each in trainings]
-    zero_shot = files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
-    return [read_predictions(path) for path in paths or [zero_shot]]
-
-
-def _correct_at(tables: Sequence[pa.Table], spec: ObjectiveSpec, alpha: float) -> dict[str, BoolArray]:
-    return {name: correct_matrix([(table, alpha) for table in tables], name) for name in spec.sets}
 
 
 def _failures(rows: Sequence[TrialRow], stage: Stage) -> list[str]:

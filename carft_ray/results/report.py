@@ -25,9 +25,9 @@ from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.stages import last_stage
+from carft_ray.results.stages import last_stage, read_plan
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
-from carft_ray.results.stored import Chosen, confirmed, of_search, read_compared, read_stored
+from carft_ray.results.stored import Chosen, of_search, read_compared, read_stored, trials_of
 from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
@@ -133,7 +133,7 @@ def _by_one_number(
     """
     competing = [row for row in trials if row.violation <= best.violation]
     objectives = [row.objective or 0.0 for row in competing]
-    again = confirmed(view, spec)
+    again = [each for stage in read_plan(view.study_dir) or () if stage for each in trials_of(view, spec, stage)]
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
     image, seed = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
     corrected = correct_best(objectives, image + (seed or 0.0))

@@ -20,9 +20,8 @@ from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import total_violation, violations
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.stored import predictions_path
 from carft_ray.study.place import named
-from carft_ray.study.rows import best_first, require_finished
+from carft_ray.study.rows import best_first, predictions_path, require_finished
 from carft_ray.study.training import TrialRow, result_of
 
 NOTE = (

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from carft_ray import files
 from carft_ray.data.source import IdArray
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -18,26 +20,18 @@ from carft_ray.evaluation.predictions import (
     require_same_images,
     sample_ids,
 )
-from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.confirmation import row_correct
 from carft_ray.results.evidence import LABELS, Subject, compare, judged
-from carft_ray.results.stages import TRIALS, read_plan, whole_rows
+from carft_ray.results.stages import TRIALS, PlanRow, Stage, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
-from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.rows import ZERO_SHOT, predictions_path
 from carft_ray.study.snapshot import Snapshot
-from carft_ray.study.training import TrialRow, file_of
+from carft_ray.study.training import TrialRow
 
 _PARTS = ("rows", "baselines", "others")
 Chosen = dict[str, dict[str, BoolArray]]
-
-
-def predictions_path(study_dir: Path, row: TrialRow) -> Path:
-    """Returns the path of the validation predictions of a trial or baseline; raises as ``file_of``."""
-    if row.name == ZERO_SHOT:
-        return files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
-    return file_of(study_dir, row, PREDICTIONS)
 
 
 def read_stored(study_dir: Path, rows: Sequence[TrialRow], recipe: Recipe) -> tuple[ObjectiveSpec, Chosen, int]:
@@ -68,24 +62,38 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], recipe: Recipe) -> tu
     return with_images(spec, recipe, ids) if ids else spec, chosen, num_alphas
 
 
-def confirmed(study: Snapshot, spec: ObjectiveSpec) -> list[tuple[str, dict[str, BoolArray]]]:
-    """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
+def row_correct(
+    study_dir: Path, spec: ObjectiveSpec, trainings: Sequence[TrialRow], row: PlanRow
+) -> dict[str, BoolArray]:
+    """Returns per validation set which images a configuration classifies right at its alpha, bool [r, n].
 
-    Args:
-        study: The study.
-        spec: The objective over the validation sets.
-
-    Returns:
-        Per trial and stage its name and its correctness by set, bool [r, n]; empty before there is a confirm.
+    The zero-shot model has no seeds: r is 1.
 
     Raises:
-        StorageError: The plan or predictions cannot be read.
-        DataError: Predictions lack a set or an alpha, or are of different images.
+        StorageError: Predictions are missing or damaged.
+    """
+    return correct_at(tables_of(study_dir, trainings), spec, row.alpha)
+
+
+def tables_of(study_dir: Path, trainings: Sequence[TrialRow]) -> list[pa.Table]:
+    """Returns the stored predictions of each training; of none, those of the zero-shot model."""
+    return [read_predictions(predictions_path(study_dir, each)) for each in (*trainings,) or (None,)]
+
+
+def correct_at(tables: Sequence[pa.Table], spec: ObjectiveSpec, alpha: float) -> dict[str, BoolArray]:
+    """Returns per validation set which images each of some trainings classifies right at an alpha, bool [r, n]."""
+    return {name: correct_matrix([(table, alpha) for table in tables], name) for name in spec.sets}
+
+
+def trials_of(study: Snapshot, spec: ObjectiveSpec, stage: Stage) -> list[tuple[str, dict[str, BoolArray]]]:
+    """Returns the trials of a stage whose trainings with fresh seeds have all finished: name, and ``row_correct``.
+
+    Raises:
+        StorageError: Predictions cannot be read.
+        DataError: They lack a set or an alpha, or are of different images.
     """
     return [
         (row.name, row_correct(study.study_dir, spec, trainings, row))
-        for stage in read_plan(study.study_dir) or ()
-        if stage is not None
         for row, trainings in whole_rows(stage, study.confirmations)
         if row.role in TRIALS
     ]

@@ -9,14 +9,15 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.layout import COMMITS
+from carft_ray.layout import COMMITS, PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.store.commit import uncollected
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
 from carft_ray.study import front, typed
 from carft_ray.study.recipe_identity import resume_command
-from carft_ray.study.training import Kind, TrialRow
+from carft_ray.study.training import Kind, TrialRow, file_of
 from carft_ray.untrusted import require_plain
 
 Found = TypeVar("Found")
@@ -86,6 +87,17 @@ def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
     rows = [row_of(kind, trial) for trial in trainings(study)]
     rule = study.user_attrs.get(attr.FRONT) if kind == "trial" else None
     return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
+
+
+def predictions_path(study_dir: Path, row: TrialRow | None) -> Path:
+    """Returns the path of the validation predictions of a training; of None or ``ZERO_SHOT`` that of the frozen model.
+
+    Raises:
+        StorageError: As ``file_of``.
+    """
+    if row is None or row.name == ZERO_SHOT:
+        return files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
+    return file_of(study_dir, row, PREDICTIONS)
 
 
 def trainings(study: optuna.Study) -> list[FrozenTrial]:

@@ -34,11 +34,11 @@ from carft_ray.results.adviser import findings
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
-from carft_ray.results.stored import predictions_path, read_compared
+from carft_ray.results.stored import read_compared
 from carft_ray.study.importance import importances
 from carft_ray.study.place import named
 from carft_ray.study.provenance import provenance_of
-from carft_ray.study.rows import best_first
+from carft_ray.study.rows import best_first, predictions_path
 from carft_ray.study.training import TrialRow
 from carft_ray.training.thumbnails import changed, read_thumbnails
 

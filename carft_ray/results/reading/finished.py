@@ -9,7 +9,7 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, require_choice
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
+from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RESULT, WEIGHTS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.results.reading.status_and_ls import placed
@@ -18,7 +18,7 @@ from carft_ray.study import typed
 from carft_ray.study.place import Place
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.recipe_identity import resume_command
-from carft_ray.study.rows import ZERO_SHOT, require_finished
+from carft_ray.study.rows import ZERO_SHOT, predictions_path, require_finished
 from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.study.training import TrialRow, file_of, result_of
 
@@ -66,8 +66,7 @@ class Finished:
         Raises:
             StorageError: The file is missing, damaged, or not the one that the study has recorded.
         """
-        zero_shot = files.inside(self.folder, f"{PREPARED}/{ZERO_SHOT_TABLE}")
-        return read_predictions(zero_shot if self.is_zero_shot else file_of(self.folder, self.row, PREDICTIONS))
+        return read_predictions(predictions_path(self.folder, self.row))
 
 
 def open_finished(place: Place, trial: str | int | None = None, argument: str = "TRIAL") -> Finished:
