@@ -40,7 +40,7 @@ from carft_ray.store.log import log_of
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import in_bucket, named, own_folder
 from carft_ray.study.recipe_identity import recipe_for_use, recorded_recipe, study_recipe
-from carft_ray.study.snapshot import Snapshot, snapshot
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.training.own_function import require_trusted
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -249,12 +249,13 @@ def confirm(
     with _sending(recipe, study_dir, notify_url) as sent:
         first, notes = stages.plan(view, top, seeds, others, ablation)
         second: Stage | None = None
+        known: Snapshot = view
         for note in notes:
             logger.warning("%s", note)
 
         def train_stage(end: Callable[[Snapshot], Any]) -> Any:
             stage = second or first
-            say(stages.cost(snapshot(study_dir), stage))
+            say(stages.cost(known, stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
                 plan = Plan(
@@ -269,7 +270,7 @@ def confirm(
                 return run_confirm(plan, end)
 
         if winner == "confirmed":
-            chosen = train_stage(lambda held: choose(held, first))
+            known, chosen = train_stage(lambda held: (held, choose(held, first)))
             second = stages.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
         summary = train_stage(lambda held: summarise(held, first, second))
