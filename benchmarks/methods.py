@@ -28,8 +28,8 @@ from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.methods import methods
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm_plan import read_plan
 from carft_ray.results.figure import INK
-from carft_ray.results.stages import read_plan
 from carft_ray.study.front import non_dominated
 from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of

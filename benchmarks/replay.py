@@ -37,8 +37,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import FloatParameter
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import Failure, TrialRow
 
 NUM_TRIALS = 30

@@ -39,8 +39,8 @@ from carft_ray.recipe.schema.search import VIOLATION
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import TrialRow
 
 LOWEST = 0.1  # alpha that a trial may choose

@@ -34,9 +34,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.snapshot import snapshot
 from carft_ray.study.study import Study
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import TrialSpec
 from carft_ray.training.run_context import RunContext
 
@@ -298,14 +298,14 @@ def driver_cost(
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
     from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Post, Process, Record
-    from carft_ray.study.rows import trials
+    from carft_ray.study.snapshot import snapshot
     from carft_ray.ui.live import SearchView
     from carft_ray.ui.progress import REFRESH_PER_S
 
     fill(study_dir, num_finished, "random")  # proposals are not what is measured here
     recipe = recipe_of(num_finished + num_live, "random")
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
-    view = SearchView(num_seconds, trials(study_dir))
+    view = SearchView(num_seconds, snapshot(study_dir).trials)
     readings, draws, read_cpu, draw_cpu = [], [], 0.0, 0.0
     shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:

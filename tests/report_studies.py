@@ -19,8 +19,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.attempt_files import append_log, write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.running import started
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import Failure
 from carft_ray.training.evaluate import answers, answers_between
 from carft_ray.training.thumbnails import write_thumbnails

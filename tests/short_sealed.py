@@ -8,7 +8,7 @@ from short_study import search
 
 from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_given
+from carft_ray.study.take_over import recover_given
 from carft_ray.training.run import run_training
 from carft_ray.training.run_context import RunContext
 

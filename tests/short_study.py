@@ -6,7 +6,7 @@ from carft_ray.recipe.loading import apply, dump_recipe
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import made_of, record_provenance
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.take_over import recover_running
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 

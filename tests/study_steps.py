@@ -8,8 +8,8 @@ from optuna.storages import JournalStorage
 from carft_ray.store import attempt_files
 from carft_ray.store.log import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import Failure
 
 

@@ -28,7 +28,7 @@ from carft_ray.store.copy import NUMBERS
 from carft_ray.study.best import Retention
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import TrialRow
 from carft_ray.training.run_context import RunContext
 

@@ -26,9 +26,9 @@ from carft_ray.results.figure import figure_at_the_end
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.study.holding import stopping
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_given
 from carft_ray.study.running import started
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_given
 
 HOUR, GPU_HOUR = BudgetConfig(wall_time=3600), BudgetConfig(gpu_hours=1)
 

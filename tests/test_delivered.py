@@ -15,10 +15,10 @@ from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import point_at
 from carft_ray.layout import WEIGHTS
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.results.confirm_plan import read_plan
 from carft_ray.results.delivered import delivered, models_of_confirm, require_weights_of
 from carft_ray.results.evidence import AT_ONE
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.results.stages import read_plan
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import log_of
 from carft_ray.study.best import Retention

@@ -20,7 +20,7 @@ from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
 from carft_ray.data.sandbox import CLASSES, render
-from carft_ray.launch import giving_up, nodes
+from carft_ray.launch import nodes, search_gives_up
 from carft_ray.launch.cluster import jobs
 from carft_ray.launch.workers import file_transfer, mailbox, node_files
 from carft_ray.recipe.loading import load_recipe
@@ -119,7 +119,10 @@ NUMBERS = [  # which the tests above make small
     ("resume", f"metrics window (every {WORDS[loop.LOG_EVERY]} steps, and at the end of an epoch)"),
     ("resume", f"a node on which {WORDS[nodes.FAILURES]} attempts in a row were lost, and does not use it for "),
     ("resume", f"does not use it for {WORDS[nodes.LEFT_OUT_S / 60]} minutes;"),
-    ("resume", f"in {WORDS[giving_up.WAVES_TO_GIVE_UP]} waves ({WORDS[giving_up.FAILURES_TO_GIVE_UP]} at least)"),
+    (
+        "resume",
+        f"in {WORDS[search_gives_up.WAVES_TO_GIVE_UP]} waves ({WORDS[search_gives_up.FAILURES_TO_GIVE_UP]} at least)",
+    ),
     ("clusters", f"does not answer for up to {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
     ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
     ("clusters", f"in pieces of {file_transfer.PIECE_BYTES // 2**20} MiB"),

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from carft_ray.launch.attempt_ending import SLEPT, death_of, ending_of
 from carft_ray.launch.cluster.ray_errors import FULL, STARTED_LATE
-from carft_ray.launch.ending import SLEPT, death_of, ending_of
 from carft_ray.launch.workers.attempt import Attempt
 from carft_ray.launch.workers.mailbox import Process
 from carft_ray.study.training import Failure, TrialSpec

@@ -28,7 +28,7 @@ from study_steps import searching
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, OutOfMemoryError, StorageError
-from carft_ray.launch import giving_up
+from carft_ray.launch import search_gives_up
 from carft_ray.launch.cluster.cluster import running_ray
 from carft_ray.launch.cluster.ray_errors import error_of, explained, host_memory, is_full_memory, root_cause
 from carft_ray.launch.cluster.ray_private import one_trial_dies
@@ -396,8 +396,8 @@ def bad_start(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
     # the first lost attempt sets the trial aside, and ends the search
     monkeypatch.setattr(study, "LOST_ATTEMPTS", 1)
-    monkeypatch.setattr(giving_up, "ATTEMPTS_TO_GIVE_UP", 1)
-    monkeypatch.setattr(giving_up, "ATTEMPTS_PER_SLOT", 1)
+    monkeypatch.setattr(search_gives_up, "ATTEMPTS_TO_GIVE_UP", 1)
+    monkeypatch.setattr(search_gives_up, "ATTEMPTS_PER_SLOT", 1)
 
     def runner(mode, in_preparation=False):
         monkeypatch.setenv("BAD_START", mode)

@@ -28,8 +28,8 @@ from carft_ray.store.log import READERS_SILENT_FOR_S, Log, log_of
 from carft_ray.store.process import identity
 from carft_ray.study import holding as held_module
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_running
 
 ELSEWHERE = {"host": "node7", "boot": "another", "pid": 12, "since": "noon"}
 

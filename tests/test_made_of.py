@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from carft_ray.data.copies.find_duplicates import digests_of_tests
-from carft_ray.data.made_of import differences_of, require_same
+from carft_ray.data.same_as_study import differences_of, require_same
 from carft_ray.errors import DataError, MachineError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.ledger import note_test_sets, read_ledger, reads_of

@@ -19,7 +19,8 @@ from study_steps import finish, optuna_study, searching
 from carft_ray.launch.command import Ran
 from carft_ray.recipe.loading import apply, load_recipe
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.results.confirmation import summarise
+from carft_ray.results.confirm_numbers import summarise
+from carft_ray.results.confirm_plan import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.status_and_ls import status
@@ -29,14 +30,13 @@ from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import search_summary
-from carft_ray.results.stages import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.study.attributes import TRAINING_OF
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import is_training
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_given
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 

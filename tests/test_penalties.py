@@ -175,7 +175,7 @@ def test_l2_sp_of_lora_is_that_of_the_merged_weights(clip64, heads64):
 def test_without_a_weight_nothing_is_computed_and_training_is_plain(tiny_clip, heads, source, monkeypatch):
     rows, train = [], penalised(penalty_schedule="linear_to_zero")
     plain = fine_tune(tiny_clip, *heads, source, settings(kl_weight=0.0))
-    for place in ("targets.build_classifier", "targets.RandomTexts", "loop.Anchor", "losses.context_kl"):
+    for place in ("targets.build_classifier", "targets.RandomTexts", "loop.Anchor", "car_ft_loss.context_kl"):
         monkeypatch.setattr(f"carft_ray.training.{place}", None)
     again = fine_tune(tiny_clip, *heads, source, train, RunContext(report=rows.append))
     assert largest_difference(plain, again) == 0.0

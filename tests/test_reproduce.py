@@ -19,7 +19,7 @@ from sources import folder_source
 from study_steps import searching
 
 from carft_ray import environment
-from carft_ray.data.made_of import differences_of
+from carft_ray.data.same_as_study import differences_of
 from carft_ray.data.source import set_digest
 from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, UsageError
 from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions

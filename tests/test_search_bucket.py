@@ -55,7 +55,7 @@ def server(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What a search finds in a folder."""
-    return told(search(tmp_path_factory.mktemp("whole") / "study", 3).study_dir)
+    return told(search(tmp_path_factory.mktemp("whole") / "study", 3).study.study_dir)
 
 
 def searching(server, cache):

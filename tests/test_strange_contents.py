@@ -23,11 +23,11 @@ from carft_ray.errors import StorageError
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.store.attempt_files import progress_of, progress_words, read_result
-from carft_ray.study import recovery
+from carft_ray.study import take_over
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_running
 from carft_ray.training import thumbnails
 
 READERS = ("status {} --json", "ls {} --json", "logs {} {best}", "report {} --html --out page.html", "report {} --json")
@@ -333,10 +333,10 @@ def test_what_an_attempt_that_was_left_behind_took_is_a_number_or_told(study_dir
     resources = report_studies.make_recipe(3).resources
     result = json.loads((place / "result.json").read_text())
     (place / "result.json").write_text(json.dumps({**result, "elapsed_s": 2.5, "environment": {"num_workers": 2}}))
-    assert recovery._of_result(place, resources) == (2.5, 0.0)
+    assert take_over._of_result(place, resources) == (2.5, 0.0)
     (place / "result.json").write_text(json.dumps({**result, **took}))
     with pytest.raises(StorageError, match=r"result\.json: (elapsed_s|environment)"):
-        recovery._of_result(place, resources)
+        take_over._of_result(place, resources)
 
 
 def test_rows_of_a_training_in_very_many_small_lines_are_told(tmp_path, monkeypatch):

@@ -24,15 +24,15 @@ from carft_ray.errors import StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.data import DataConfig
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.stages import read_plan
+from carft_ray.results.confirm_plan import read_plan
 from carft_ray.store.log import log_of
 from carft_ray.study import ledger, records
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, STUDIES, fetched
 from carft_ray.study.recipe_identity import claim, recipe_for_use, study_recipe
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.take_over import recover_running
 from carft_ray.study.trust import allowed, is_written
 
 RECIPE = report_studies.make_recipe(4, ood=False)

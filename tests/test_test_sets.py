@@ -31,12 +31,12 @@ from carft_ray.evaluation.predictions import alphas, correct, read_predictions, 
 from carft_ray.launch.command import Plan, computing
 from carft_ray.launch.workers.runtime import Runner
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results import stages, test_summary
-from carft_ray.results.confirmation import confirm_lines, summarise
+from carft_ray.results import confirm_plan, test_summary
+from carft_ray.results.confirm_numbers import confirm_lines, summarise
+from carft_ray.results.confirm_plan import PlanRow, Stage, write_plan
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
-from carft_ray.results.stages import PlanRow, Stage, write_plan
 from carft_ray.results.test_summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry
@@ -325,7 +325,7 @@ def test_an_ablation_is_shown_at_the_alpha_that_suits_it_best_too_and_takes_no_p
     study, recipe = here / "study", load_recipe(here / "study" / "resolved.yaml")
     best = best_row(snapshot(study).trials)
     winner = PlanRow(best.name, "winner", best.name, 0.6, best.values, 0.3)
-    [ablation] = stages.without_penalties(recipe, winner)
+    [ablation] = confirm_plan.without_penalties(recipe, winner)
     stage = Stage(best.name, (101, 102), (winner, ablation))
     write_plan(study, stage, None)
     short_sealed.confirm(study, stage.trainings())

@@ -21,8 +21,8 @@ from carft_ray.store.copy import ALL, NUMBERS
 from carft_ray.study import uploads
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import LOST_ATTEMPTS
+from carft_ray.study.take_over import recover_running
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_weights_go_up_only_of_baselines_and_of_trials_that_were_the_best_when_t
     assert len(put(server, RESULT)) == 7
     there = [name for name in server.objects() if name.endswith(WEIGHTS)]
     assert [name for name in there if "/trials/" in name] == [f"study/{best[-1]}"]
-    assert outcome.best.attempt_name in best[-1]
+    assert outcome.study.best.attempt_name in best[-1]
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, recipe_of
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.results.adviser import BEHIND, behind_zero_shot, next_steps
+from carft_ray.results.confirm_plan import PlanRow, Stage, write_plan
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
-from carft_ray.results.stages import PlanRow, Stage, write_plan
 from carft_ray.store.attempt_files import append_log
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.opening import open_study

@@ -47,7 +47,7 @@ from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.workers.runtime import Runner
-    from carft_ray.results.stages import Stage
+    from carft_ray.results.confirm_plan import Stage
 
 Trainer = Callable[..., Any]
 
@@ -241,13 +241,13 @@ def confirm(
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.launch.command import Plan, run_confirm
-    from carft_ray.results import stages
-    from carft_ray.results.confirmation import choose, confirm_lines, summarise
+    from carft_ray.results import confirm_plan
+    from carft_ray.results.confirm_numbers import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with _sending(recipe, study_dir, notify_url) as sent:
-        first, notes = stages.plan(view, top, seeds, others, ablation)
+        first, notes = confirm_plan.plan(view, top, seeds, others, ablation)
         second: Stage | None = None
         known: Snapshot = view
         for note in notes:
@@ -255,7 +255,7 @@ def confirm(
 
         def train_stage(end: Callable[[Snapshot], Any]) -> Any:
             stage = second or first
-            say(stages.cost(known, stage))
+            say(confirm_plan.cost(known, stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
                 plan = Plan(
@@ -264,14 +264,14 @@ def confirm(
                     address,
                     sent(shown),
                     runner,
-                    given=lambda held: stages.fix(held, recipe, first, second, others),
+                    given=lambda held: confirm_plan.fix(held, recipe, first, second, others),
                     resume_command=resume_command,
                 )
                 return run_confirm(plan, end)
 
         if winner == "confirmed":
             known, chosen = train_stage(lambda held: (held, choose(held, first)))
-            second = stages.second_stage(first, chosen, recipe)
+            second = confirm_plan.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
         summary = train_stage(lambda held: summarise(held, first, second))
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]

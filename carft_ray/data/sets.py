@@ -36,8 +36,8 @@ from carft_ray.data.file_index import of_any_copy, open_table, write_table
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, StoredSource, and_more, text_problems
-from carft_ray.data.made_of import contents, images_of, require_same
 from carft_ray.data.records import records, without_bad_images
+from carft_ray.data.same_as_study import contents, images_of, require_same
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import DIGEST_BYTES, IdArray, Source
 from carft_ray.errors import DataError, Problem
@@ -302,7 +302,7 @@ def write_sets(recipe: Recipe, folder: Path, made_of: Mapping[str, Any] = Mappin
     Args:
         recipe: The recipe, without the images that are left out (``without_shared``).
         folder: Of the preparation.
-        made_of: What the study was made of (``data.made_of``); empty for a new one.
+        made_of: What the study was made of (``data.same_as_study``); empty for a new one.
 
     Raises:
         DataError: A set cannot be opened, or a file not be read. Or one is not that of the study: nothing is written.

@@ -5,7 +5,7 @@ with open_study(...) as study:          # the claim, no stop file of before, the
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
         run_trainings(study, runtime)   # ``launch.run_trainings``
-    end(study, ran)                     # the result, or why there is none
+    end(ran)                            # the result, or why there is none
 
 Killed and run again, each continues where it was.
 """
@@ -63,10 +63,10 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.place import DRIVEN, address_in, named
 from carft_ray.study.provenance import made_of, record_provenance
 from carft_ray.study.recipe_identity import recorded_recipe, study_recipe
-from carft_ray.study.recovery import recover_given, recover_running
 from carft_ray.study.rows import num_finished
 from carft_ray.study.snapshot import Snapshot, snapshot
 from carft_ray.study.study import Study
+from carft_ray.study.take_over import recover_given, recover_running
 from carft_ray.study.training import Kind, TrialRow, result_of
 from carft_ray.words import counted
 

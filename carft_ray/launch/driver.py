@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import events
+from carft_ray.launch.attempt_ending import Ending, death_of, ending_of, only_node
 from carft_ray.launch.budget import BUDGET_STOP, used_up
 from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.cluster.ray_errors import no_successful_trial
-from carft_ray.launch.ending import Ending, death_of, ending_of, only_node
-from carft_ray.launch.giving_up import GivingUp
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.nodes import BadNodes, Drains
+from carft_ray.launch.search_gives_up import GivingUp
 from carft_ray.launch.workers import micro_batch
 from carft_ray.launch.workers.attempt import Attempt, own_names
 from carft_ray.launch.workers.mailbox import Exchange, Mailbox, Process

@@ -36,7 +36,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.recipe.space import drawn, middle, num_trials
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_given
+from carft_ray.study.take_over import recover_given
 from carft_ray.study.training import result_of
 
 NUM_DRAWS = 1000  # of the values of a trial

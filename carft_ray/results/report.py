@@ -20,12 +20,12 @@ from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
-from carft_ray.results.confirmation import confirm_lines
+from carft_ray.results.confirm_numbers import confirm_lines
+from carft_ray.results.confirm_plan import last_stage, read_plan
 from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.stages import last_stage, read_plan
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.results.stored import Chosen, of_search, read_compared, read_stored, trials_of
 from carft_ray.results.test_summary import read_lines

@@ -19,7 +19,7 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.shared_images import read_shared, without_shared
-from carft_ray.data.made_of import require_same
+from carft_ray.data.same_as_study import require_same
 from carft_ray.errors import CarftError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent

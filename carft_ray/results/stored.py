@@ -22,8 +22,8 @@ from carft_ray.evaluation.predictions import (
 )
 from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm_plan import TRIALS, PlanRow, Stage, whole_rows
 from carft_ray.results.evidence import LABELS, Subject, compare, judged
-from carft_ray.results.stages import TRIALS, PlanRow, Stage, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.study import typed
 from carft_ray.study.rows import ZERO_SHOT, predictions_path

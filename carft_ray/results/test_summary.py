@@ -30,9 +30,9 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, sample_i
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm_plan import Stage, options_to_go_on, read_plan, whole_rows
 from carft_ray.results.delivered import models_of_confirm, models_of_search
 from carft_ray.results.evidence import Subject, compare, comparison_lines, lacking, row_lines
-from carft_ray.results.stages import Stage, options_to_go_on, read_plan, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.stored import read_compared
 from carft_ray.study.ledger import WENT_ON, Entry

@@ -16,9 +16,9 @@ from carft_ray.store.log import Log
 from carft_ray.study import ledger, rows
 from carft_ray.study.holding import check_fit, foreign_names, held, take_back_stop
 from carft_ray.study.recipe_identity import claim, class_of, compare, recipe_record
-from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
+from carft_ray.study.take_over import recover
 from carft_ray.study.trust import note_written, to_record
 from carft_ray.study.uploads import open_log, uploading
 from carft_ray.study.warm_start import new_sources

@@ -58,7 +58,7 @@ def provenance_of(log: Log) -> dict[str, Any]:
 
 
 def made_of(log: Log) -> dict[str, Any]:
-    """Returns what a study was made of (``data.made_of``): its provenance; empty before its first preparation."""
+    """Returns what a study was made of (``data.same_as_study``): its provenance; empty before its first preparation."""
     known = provenance_of(log)
     return known if "data" in known else {}
 

@@ -92,7 +92,7 @@ class Result(_Strict):
 
 
 class MadeOn(_Strict):
-    """``environment`` of a result, as ``study.recovery`` takes it."""
+    """``environment`` of a result, as ``study.take_over`` takes it."""
 
     num_workers: Annotated[int, Field(ge=0, le=10**6)] = 1
     device: Words = "cpu"

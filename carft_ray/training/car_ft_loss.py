@@ -94,7 +94,7 @@ class Loss:
             reference: The frozen model's answers to these views (``targets``).
             factor: Number of workers / size of the global batch: the workers' gradients are averaged by
                 ``DistributedDataParallel``, so the number of workers makes that the sum over the batch that is wanted.
-            share: Of all penalties (``penalties.share_at``).
+            share: Of all penalties (``other_penalties.share_at``).
         """
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=labels_B.device)
         micro_batch = self.train.micro_batch or max(len(labels_B), 1)

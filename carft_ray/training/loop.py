@@ -1,6 +1,6 @@
 """The training loop of CAR-FT. It knows nothing of Ray: ranks, reports and stopping come through ``RunContext``.
 
-The loss is that of ``losses.py``; without a penalty the frozen model is never run and the loop is plain fine-tuning.
+The loss is that of ``car_ft_loss``; without a penalty the frozen model is never run and the loop is plain fine-tuning.
 
 Shape letters: B images, C classes, T contexts, D embedding width, S side of an image.
 """

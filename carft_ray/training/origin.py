@@ -13,8 +13,8 @@ import torch
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.made_of import contents, images_of
 from carft_ray.data.records import records
+from carft_ray.data.same_as_study import contents, images_of
 from carft_ray.data.sets import open_sets
 from carft_ray.data.source import image_digest, image_digests
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION

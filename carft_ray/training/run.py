@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from carft_ray import files, layout
-from carft_ray.data.made_of import differences_of, require_same
+from carft_ray.data.same_as_study import differences_of, require_same
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import MachineError, RecipeError
@@ -84,7 +84,7 @@ def prepare(
         recipe: The study's recipe.
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
         on_progress: Called with what is being done.
-        made_of: What the study was made of (``data.made_of``); empty for a new one.
+        made_of: What the study was made of (``data.same_as_study``); empty for a new one.
         opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
     Returns:

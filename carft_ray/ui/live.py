@@ -77,7 +77,7 @@ class SearchView:
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space import num_trials
-        from carft_ray.results.stages import read_plan
+        from carft_ray.results.confirm_plan import read_plan
         from carft_ray.study.rows import ZERO_SHOT
 
         running = {(row.kind, row.name) for row in overview.rows if overview.state(row) == "running"}

@@ -61,7 +61,7 @@ class Runtime:
         commit: Number and digest of a commit of this search, by which a node knows the study's folder.
         first_commit: Digest of the first one, which tells studies apart.
         bucket: Address of a study in a bucket that nodes may use themselves; empty: all go through ``files``.
-        made_of: What the study was made of (``data.made_of``), for its preparation; empty for a new study.
+        made_of: What the study was made of (``data.same_as_study``), for its preparation; empty for a new study.
     """
 
     recipe: Recipe

@@ -17,8 +17,8 @@ from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_words
 from carft_ray.data.copies.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.made_of import images_of, require_same
 from carft_ray.data.records import records
+from carft_ray.data.same_as_study import images_of, require_same
 from carft_ray.data.sets import TRAIN, changed_images
 from carft_ray.errors import DataError, Problem, StorageError, UsageError
 from carft_ray.evaluation.metrics import answers, set_metrics

@@ -20,8 +20,8 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import alphas, sample_ids
 from carft_ray.layout import CONFIRM, SUMMARY
+from carft_ray.results.confirm_plan import PlanRow, Stage, whole_rows
 from carft_ray.results.evidence import AT_ONE, compare, comparison_lines
-from carft_ray.results.stages import PlanRow, Stage, whole_rows
 from carft_ray.results.statistics.images import with_images
 from carft_ray.results.statistics.intervals import values_by_seed
 from carft_ray.results.stored import correct_at, row_correct, tables_of, trials_of
