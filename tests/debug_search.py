@@ -24,6 +24,7 @@ from pathlib import Path
 import crash_host
 import numpy as np
 import stand_in
+from logs import has_begun
 from report_studies import predictions
 
 import carft_ray
@@ -36,7 +37,6 @@ from carft_ray.layout import PREDICTIONS, ZERO_SHOT_TABLE
 from carft_ray.results import figure
 from carft_ray.store.copy import NUMBERS
 from carft_ray.study import uploads
-from carft_ray.study.holding import is_study
 from carft_ray.study.place import fetched
 from carft_ray.study.snapshot import snapshot
 
@@ -77,7 +77,7 @@ def import_everything():
 
 def told(study_dir):
     """Returns all trainings and the ledger as JSON holds them, without times and attempts."""
-    if not is_study(study_dir):
+    if not has_begun(study_dir):
         return []
     study = snapshot(study_dir)
     found = [[row.kind, row.number, row.name, row.values, row.outcome, row.reason, row.objective] for row in study.rows]

@@ -24,8 +24,8 @@ import short_sealed
 import short_training
 import stand_in
 from bucket_server import bucket_server
+from logs import has_begun
 
-from carft_ray.study.holding import is_study
 from carft_ray.study.snapshot import snapshot
 from cluster import LATER_LOST, head
 
@@ -135,7 +135,7 @@ def main(what, seed):
                 began = time.monotonic()
                 stand_in.tell(Path(folder), seconds=0.5)
                 kill(Path(folder), times, rng)
-                studies = [path for path in Path(folder).iterdir() if is_study(path) and path.name != "calm"]
+                studies = [path for path in Path(folder).iterdir() if has_begun(path) and path.name != "calm"]
                 found = [row for study in studies for row in snapshot(study).rows]
                 trained = [row for row in found if row.name != "zero_shot"]
                 again = sum(row.attempt - 1 for row in trained)

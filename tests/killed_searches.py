@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import stand_in
-from logs import commits, operations
+from logs import commits, has_begun, operations
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.place import pull
@@ -301,7 +301,7 @@ def wait_for_no_groups(address, auth, timeout_s=60):
 
 def running_processes(study_dir):
     """Returns the trainings that run, each with the process of its first rank."""
-    if not is_study(study_dir):  # it has not begun
+    if not has_begun(study_dir):
         return []
     study = snapshot(study_dir)
     log, rows = study.log, study.rows
@@ -527,7 +527,7 @@ def kill_at_random(study_dir, num_trials, numbers, rng, **more):
     for number in numbers:
         executor, last = moment(number)
         delay_s = kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
-        if is_study(study_dir):
+        if has_begun(study_dir):
             snapshot(study_dir)
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()

@@ -6,13 +6,13 @@ import json
 from carft_ray.layout import COMMITS
 from carft_ray.store.commit import commit_name, digest_in, sealed
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import _NOBODY, Log
+from carft_ray.store.log import _NOBODY, Log, log_of
 from carft_ray.store.process import identity
-from carft_ray.study.holding import check_fit, held
+from carft_ray.study.holding import check_fit, held, is_study
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recipe_identity import recipe_record
-from carft_ray.study.records import STOPPING
+from carft_ray.study.records import RECIPE, STOPPING, last_of
 from carft_ray.study.snapshot import snapshot
 
 
@@ -23,6 +23,11 @@ def holding(folder, tell=lambda text: None):
     log = Log(Folder(folder))
     with held(log, tell):
         yield log
+
+
+def has_begun(folder):
+    """Tells whether a folder is a study whose search has written its recipe: before that, readers refuse it."""
+    return is_study(folder) and last_of(log_of(folder), RECIPE) is not None
 
 
 def set_recipe(study_dir, recipe):
