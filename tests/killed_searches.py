@@ -232,10 +232,8 @@ def kill_workers(folder, num_kills, rng, num_trials=1, **resources):
     search = {**STRUCK, **EIGHT["search"], "space": space, "enqueue": []}
     process = driver(study_dir, num_trials, "ray-train", search=search, training="struck", **resources)
     finished(process, TIMEOUT_S + 60 * num_kills)
-    rows, calm = (
-        whole_trials(study_dir, num_trials),
-        next(row for row in snapshot(study_dir).baselines if row.name == "calm"),
-    )
+    rows = whole_trials(study_dir, num_trials)
+    calm = next(row for row in snapshot(study_dir).baselines if row.name == "calm")
     left = sorted((folder / "base" / "strikes").rglob("*.json"))
     assert left == [], f"planned, but not met: {left}"
     assert {row.outcome for row in (*rows, calm)} == {"complete"}, rows
@@ -437,7 +435,7 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
         (study_dir.parent / "base" / "hold").unlink()
         output = finished(process, TIMEOUT_S + 10 * num_trials)
         check(study_dir, num_trials)
-        again = sum(row.attempt - 1 for row in snapshot(study_dir).trials + snapshot(study_dir).baselines)
+        again = sum(row.attempt - 1 for row in snapshot(study_dir).rows)
         assert again == at_a_time, output
         wait_for_no_groups(*first.reached)
 

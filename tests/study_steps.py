@@ -59,7 +59,7 @@ def told(study_dir):
     """All that a study tells of its trials and baselines, without times and attempts."""
     return [
         (row.kind, row.name, row.values, row.outcome, row.reason, row.objective, row.alpha, row.intermediate_values)
-        for row in snapshot(study_dir).trials + snapshot(study_dir).baselines
+        for row in snapshot(study_dir).rows
     ]
 
 

@@ -194,11 +194,7 @@ def in_file(study_dir):
 
 def with_file(study_dir, name):
     """Names of the trainings that have a file."""
-    return {
-        row.name
-        for row in snapshot(study_dir).trials + snapshot(study_dir).baselines
-        if (row.place(study_dir) / name).exists()
-    }
+    return {row.name for row in snapshot(study_dir).rows if (row.place(study_dir) / name).exists()}
 
 
 @pytest.mark.parametrize("left", ["nothing", "the one before"])

@@ -1,6 +1,7 @@
 """Confirm: which configurations are trained on fresh seeds, what was begun goes on, what counts for whom."""
 
 import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -283,3 +284,12 @@ def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
         assert (new.kind, new.number) == ("trial", 4)
         assert study.next() is None
     assert short_sealed.confirm(view.study_dir, trainings, stand_in.train) == list(trainings)[1:]
+
+
+def test_a_plan_has_any_seed_that_a_recipe_may_have(tmp_path):
+    seeds = [2**60, 2**63 - 1]
+    row = {"name": "x", "role": "winner", "training": "t0", "alpha": 1.0, "values": {}, "objective": 1}
+    (tmp_path / "confirm").mkdir()
+    content = {"first": {"winner": "x", "seeds": seeds, "rows": [row]}, "second": None}
+    (tmp_path / "confirm" / "plan.json").write_text(json.dumps(content))
+    assert [*confirm_plan.read_plan(tmp_path)[0].seeds] == seeds

@@ -87,10 +87,8 @@ def check(host, name, place, answer):
     study_dir = place / "study"
     assert told(study_dir) == told(host.calm / "study"), name
     assert half_written(study_dir) == [], name
-    trained, names = (
-        Counter((place / "trained").read_text().split()),
-        {row.name for row in snapshot(study_dir).confirmations},
-    )
+    trained = Counter((place / "trained").read_text().split())
+    names = {row.name for row in snapshot(study_dir).confirmations}
     # what had ended, but was not in the bucket yet, another machine trains again
     assert sum(trained.values()) - len(trained) <= (host.server is not None), name
     assert trained.keys() <= names, name

@@ -102,7 +102,7 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
 # searches of several machines, each a process
 
 
-WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "UNCLEAR_FOR_S", "RETRY_EVERY_S")
+WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "RETRY_EVERY_S")
 
 
 def move(boot):

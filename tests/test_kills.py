@@ -49,7 +49,7 @@ def test_a_study_killed_with_its_ray_while_trainings_run_and_between_them_is_ext
 def test_after_a_kill_of_a_trial_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster):
     study_dir = tmp_path / "study"
     output = searches.kill_one("trial", "ray-train", study_dir, cluster)
-    assert sorted(row.attempt for row in snapshot(study_dir).trials + snapshot(study_dir).baselines) == [1, 1, 2]
+    assert sorted(row.attempt for row in snapshot(study_dir).rows) == [1, 1, 2]
     assert output.count("gets another attempt") == 1
 
 

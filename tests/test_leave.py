@@ -140,7 +140,7 @@ def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine
         finished(process)
         left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]
     assert left == []
-    assert {row.outcome for row in snapshot(study_dir).trials + snapshot(study_dir).baselines} == {"complete"}
+    assert {row.outcome for row in snapshot(study_dir).rows} == {"complete"}
     for row in snapshot(study_dir).trials:
         log = (row.folder(study_dir) / "log.txt").read_text()
         assert float(re.search(r"MB came through Ray, ([\d.]+) MB went", log)[1]) > 0.1, row.name
@@ -178,5 +178,5 @@ def test_a_node_with_keys_uses_the_bucket_and_one_without_continues_what_it_has_
     assert "from step" in "".join(logs)
     assert "MB came through Ray" in "".join(logs)
     [study_dir] = [path.parent for path in hidden.rglob("driven/*/study/manifest.json")]
-    assert {row.outcome for row in snapshot(study_dir).trials + snapshot(study_dir).baselines} == {"complete"}
+    assert {row.outcome for row in snapshot(study_dir).rows} == {"complete"}
     killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 2))

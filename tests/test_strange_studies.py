@@ -148,15 +148,6 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir):
             read_plan(study_dir)
 
 
-def test_a_plan_has_any_seed_that_a_recipe_may_have(study_dir):
-    seeds = [2**60, 2**63 - 1]
-    row = {"name": "x", "role": "winner", "training": "t0", "alpha": 1.0, "values": {}, "objective": 1}
-    (study_dir / "confirm").mkdir()
-    content = {"first": {"winner": "x", "seeds": seeds, "rows": [row]}, "second": None}
-    (study_dir / "confirm" / "plan.json").write_text(json.dumps(content))
-    assert [*read_plan(study_dir)[0].seeds] == seeds
-
-
 def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_dir, victim, tmp_path, capsys):
     row = {"name": "x", "role": "winner", "alpha": 1.0, "objective": 1.0, "runs": ["trials/../../../victim/run1"]}
     with holding(study_dir) as log:

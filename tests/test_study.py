@@ -222,7 +222,7 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
         with searching(part, recipe) as study:
             go_on(study)
         assert told(part) == expected, number
-        assert sum(row.attempt - 1 for row in snapshot(part).trials + snapshot(part).baselines) <= 1
+        assert sum(row.attempt - 1 for row in snapshot(part).rows) <= 1
 
 
 STEPS = st.sampled_from(["ask", "ask", "finish", "result", "lose", "raise"])
@@ -257,7 +257,7 @@ def test_whatever_happens_each_training_is_told_once_with_its_values(searches):
                         row = study.settle(spec, failed(spec, "error"))
                     ended |= {spec.name: row} if row else {}
         run_search(study_dir, make_recipe(num_trials))
-        rows = {row.name: row for row in snapshot(study_dir).trials + snapshot(study_dir).baselines}
+        rows = {row.name: row for row in snapshot(study_dir).rows}
         assert [row.number for row in snapshot(study_dir).trials] == list(range(num_trials))
         assert {name: rows[name] for name in ended} == ended
         assert {name: rows[name].values for name in asked} == asked

@@ -19,9 +19,8 @@ from carft_ray.results.confirm_plan import PlanRow, Stage, last_stage, read_plan
 from carft_ray.results.evidence import AT_ONE, headline_lines, in_points, winner_of
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.stored import read_compared
-from carft_ray.store.log import Log
 from carft_ray.study import typed
-from carft_ray.study.ledger import fixed_in, read_folder, read_ledger, reads_of
+from carft_ray.study.ledger import fixed_in, read_folder, reads_of
 from carft_ray.study.records import LEDGER
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.study.snapshot import Snapshot, snapshot
@@ -200,14 +199,14 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
         return Choice(finished.name, used, "other", sha256, f"{words}{other}")
     require_weights_of(study_dir, finished.row, model)
     about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}: {STANDING[standing]}")
-    return _with_evidence(study_dir, study.log, about)
+    return _with_evidence(study, about)
 
 
-def _with_evidence(study_dir: Path, log: Log, about: Choice) -> Choice:
+def _with_evidence(study: Snapshot, about: Choice) -> Choice:
     """Returns a choice with what a test has measured of the model, else a confirm of its values."""
-    found, num_images = None, {}
+    study_dir, found, num_images = study.study_dir, None, {}
     if about.standing == "tested":
-        last_read = len(reads_of(read_ledger(study_dir, log)))
+        last_read = len(reads_of(study.ledger))
         if whole := read_compared(study_dir, read_folder(last_read)):
             found, num_images, on = whole.get("model") or whole, whole["sets"], f"the test sets (read {last_read})"
     elif about.standing == "confirmed" and (found := read_compared(study_dir, CONFIRM)):
