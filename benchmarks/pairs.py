@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from carft_ray.data.copies.find_duplicates import SharedRow, shared_pairs
+from carft_ray.data.decode_images import decode_image
 from carft_ray.data.formats.folder import folders, is_image
-from carft_ray.data.images import decode_image
 from carft_ray.data.sandbox import DOMAINS, SandboxSource
 from carft_ray.data.source import reading_threads
 from carft_ray.recipe.schema.recipe import Recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from carft_ray.data.images import decode_image
+from carft_ray.data.decode_images import decode_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 
 FALL = 0.75

@@ -34,7 +34,7 @@ from benchmarks.photos import HEIGHT, WIDTH, write_tree
 from benchmarks.rows import Row, apart, median_row
 from carft_ray.data import source as reading
 from carft_ray.data.cached_sets import Keeping, image_set
-from carft_ray.data.images import decode_image, read_bytes
+from carft_ray.data.decode_images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import CHUNK, records
 from carft_ray.data.selection import stored_source, unlabelled_source

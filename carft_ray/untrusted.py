@@ -2,7 +2,7 @@
 
 Recipes, tables, images, weights and studies come from strangers. What reads a file of theirs whole, makes a path of a
 name of theirs, or shows a text of theirs, does it through here; a test walks the package for calls that go around.
-Images have a gate of their own, ``data.images``; files of weights, too, ``model.weights_files``.
+Images have a gate of their own, ``data.decode_images``; files of weights, too, ``model.weights_files``.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ import simplejpeg
 from conftest import ArraySource
 
 from carft_ray.data.cached_sets import Keeping, image_set
-from carft_ray.data.images import decode_image
+from carft_ray.data.decode_images import decode_image
 
 
 class Pictures(ArraySource):

@@ -24,8 +24,8 @@ from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch
 from carft_ray.launch.workers.mailbox import Post
 from carft_ray.store.attempt_files import write_result
 from carft_ray.study.opening import open_study
+from carft_ray.study.retries import LOST_ATTEMPTS
 from carft_ray.study.snapshot import snapshot
-from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import Failure, TrialSpec
 

@@ -11,7 +11,7 @@ from carft_ray.launch.cluster.capacity import Node, capacity_of
 from carft_ray.launch.events import BaselineFinished, Note, TrialSetAside
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.nodes import BadNodes, Drains
-from carft_ray.study.study import LOST_ATTEMPTS
+from carft_ray.study.retries import LOST_ATTEMPTS
 
 
 @pytest.fixture

@@ -40,10 +40,10 @@ from carft_ray.launch.workers.micro_batch import fits_record, fitted, memory_fai
 from carft_ray.launch.workers.runtime import Runner, make_runtime
 from carft_ray.store.attempt_files import read_result
 from carft_ray.store.log import log_of
-from carft_ray.study import study
+from carft_ray.study import retries
 from carft_ray.study.opening import open_study
+from carft_ray.study.retries import LOST_ATTEMPTS
 from carft_ray.study.snapshot import snapshot
-from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.training.out_of_memory import in_batches, is_out_of_memory
 from carft_ray.training.run import prepare
 
@@ -395,7 +395,7 @@ def bad_start(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_START_DRIVER", str(os.getpid()))
     monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
     # the first lost attempt sets the trial aside, and ends the search
-    monkeypatch.setattr(study, "LOST_ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "LOST_ATTEMPTS", 1)
     monkeypatch.setattr(search_gives_up, "ATTEMPTS_TO_GIVE_UP", 1)
     monkeypatch.setattr(search_gives_up, "ATTEMPTS_PER_SLOT", 1)
 

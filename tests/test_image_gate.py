@@ -19,8 +19,8 @@ from PIL import EpsImagePlugin, Image
 from sources import open_set, told
 
 from benchmarks.photos import photo
-from carft_ray.data import images
-from carft_ray.data.images import FORMATS, _plain_jpeg, decode_image
+from carft_ray.data import decode_images
+from carft_ray.data.decode_images import FORMATS, _plain_jpeg, decode_image
 from carft_ray.data.records import records, without_bad_images
 from carft_ray.data.sets import open_sets, write_sets
 from carft_ray.errors import DataError
@@ -159,8 +159,8 @@ def test_large_images_are_decoded_one_at_a_time(kind, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(images, "LARGE", 10_000)
-    monkeypatch.setattr(images, "_to_rgb", watched(images._to_rgb))
+    monkeypatch.setattr(decode_images, "LARGE", 10_000)
+    monkeypatch.setattr(decode_images, "_to_rgb", watched(decode_images._to_rgb))
     monkeypatch.setattr(simplejpeg, "decode_jpeg", watched(simplejpeg.decode_jpeg))
     with ThreadPoolExecutor(8) as pool:
         small_ones = True  # they meet inside of the decoder
@@ -179,7 +179,7 @@ HIDES = re.compile(r"from (PIL\.Image|PIL\.ImageFile|simplejpeg|torchvision\.io)
 
 def test_no_image_is_opened_around_the_gate():
     texts = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
-    gates = {"data/images.py", "data/corruptions.py"}
+    gates = {"data/decode_images.py", "data/corruptions.py"}
     assert {name for name, text in texts.items() if OPENS.search(text)} == gates
     assert not [name for name, text in texts.items() if HIDES.search(text)]  # so that a call is seen
 

@@ -16,7 +16,7 @@ from sources import open_set, told
 
 from carft_ray.data import records as module
 from carft_ray.data.copies.find_duplicates import same_pictures
-from carft_ray.data.images import decode_image
+from carft_ray.data.decode_images import decode_image
 from carft_ray.data.records import records, thumbnail_of, without_bad_images
 from carft_ray.data.source import AHEAD, image_digest, in_order, pixel_digest
 from carft_ray.errors import DataError, Problem

@@ -136,7 +136,7 @@ AROUND = {  # why a module may read files without ``untrusted``
     "writes": "files training/tensorboard store/bucket launch/workers/worker",
     "the package's own files": "environment recipe/presets recipe/benchmarks recipe/methods data/draft data/sandbox"
     " data/corruptions data/copies/shared_images results/export/export results/page/page",
-    "the kernel's files": "store/process",
+    "the kernel's files": "store/owner",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
     " launch/cluster/jobs training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/layouts"
@@ -152,7 +152,7 @@ BY_PATH = {  # why a module that has to do with studies may read a file by its p
     "what this process or its driver has just written": "launch/workers/worker launch/cluster/ray_errors",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
-GATES = ("carft_ray.untrusted", "carft_ray.data.images")
+GATES = ("carft_ray.untrusted", "carft_ray.data.decode_images")
 
 
 def reads_around(path):

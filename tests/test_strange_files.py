@@ -29,8 +29,8 @@ from sources import open_set, told
 
 from carft_ray import files
 from carft_ray.data.benchmarks import layouts
+from carft_ray.data.decode_images import MOST_BYTES
 from carft_ray.data.file_index import open_table
-from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.launch.cluster import ray_private

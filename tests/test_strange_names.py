@@ -21,7 +21,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import write_tables
-from carft_ray.results.verdict_card import Line, latex_card, text_card
+from carft_ray.results.study_card import Line, latex_card, text_card
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_of
 from carft_ray.untrusted import csv_cell, html, is_name, latex, markdown, of_csv_cell, visible

@@ -21,9 +21,9 @@ from carft_ray.recipe.loading import apply
 from carft_ray.study import attributes, opening
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
+from carft_ray.study.retries import LOST_ATTEMPTS
 from carft_ray.study.rows import best_row
 from carft_ray.study.snapshot import snapshot
-from carft_ray.study.study import LOST_ATTEMPTS
 
 
 def begin_and_end(study_dir, recipe):

@@ -37,8 +37,8 @@ from carft_ray.results.confirm_plan import PlanRow, Stage, write_plan
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
+from carft_ray.results.study_card import verdict
 from carft_ray.results.test_summary import read_lines
-from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row

@@ -21,7 +21,7 @@ from carft_ray.store.copy import ALL, NUMBERS
 from carft_ray.study import uploads
 from carft_ray.study.opening import open_study
 from carft_ray.study.place import own_folder
-from carft_ray.study.study import LOST_ATTEMPTS
+from carft_ray.study.retries import LOST_ATTEMPTS
 from carft_ray.study.take_over import recover_running
 
 

@@ -154,7 +154,7 @@ class Report:
         Raises:
             UsageError: ``form`` is neither of these.
         """
-        from carft_ray.results.verdict_card import FORMS, card
+        from carft_ray.results.study_card import FORMS, card
 
         require_choice(place, "must be a form of the card", form, FORMS)
         return card(self.document, form)

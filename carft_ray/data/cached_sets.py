@@ -37,8 +37,8 @@ from PIL import Image
 
 from carft_ray.data import cache
 from carft_ray.data.corruptions import CorruptedSource
+from carft_ray.data.decode_images import DECODERS, decode_image
 from carft_ray.data.file_index import required
-from carft_ray.data.images import DECODERS, decode_image
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, in_order
 from carft_ray.data.views import resize

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from carft_ray.data.benchmarks.reader import benchmark_words
+from carft_ray.data.decode_images import cause_of
 from carft_ray.data.formats.folder import folders, is_image
-from carft_ray.data.images import cause_of
 from carft_ray.data.listing import and_more, normal, text_problems
 from carft_ray.data.sets import list_set
 from carft_ray.errors import DataError, Problem, UsageError, nearest

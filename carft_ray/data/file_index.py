@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from carft_ray.data.cache import key_of, made_once, user_cache_dir
-from carft_ray.data.images import unreadable
+from carft_ray.data.decode_images import unreadable
 from carft_ray.errors import DataError
 from carft_ray.files import fsync_file, new_file
 from carft_ray.untrusted import open_regular

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from carft_ray.data.decode_images import FORMS, MOST_BYTES, read_bytes, unreadable
 from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp, of_any_copy
-from carft_ray.data.images import FORMS, MOST_BYTES, read_bytes, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
 from carft_ray.errors import DataError, Problem

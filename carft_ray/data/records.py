@@ -32,8 +32,8 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.cache import key_of, made_once
+from carft_ray.data.decode_images import DECODERS
 from carft_ray.data.file_index import open_table, write_table
-from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
 from carft_ray.data.source import (
     DIGEST_BYTES,

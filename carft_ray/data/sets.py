@@ -32,9 +32,9 @@ from carft_ray.data import sandbox
 from carft_ray.data.benchmarks import reader as benchmarks
 from carft_ray.data.cache import cache_dir, user_cache_dir
 from carft_ray.data.corruptions import CorruptedSource
+from carft_ray.data.decode_images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.file_index import of_any_copy, open_table, write_table
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
-from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, StoredSource, and_more, text_problems
 from carft_ray.data.records import records, without_bad_images
 from carft_ray.data.same_as_study import contents, images_of, require_same

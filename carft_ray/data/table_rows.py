@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from carft_ray.data.images import MOST_BYTES, cause_of
+from carft_ray.data.decode_images import MOST_BYTES, cause_of
 from carft_ray.errors import DataError, Problem
 from carft_ray.untrusted import open_regular, read_regular
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from carft_ray.data.decode_images import IMAGE_ENDINGS, read_bytes, unreadable
 from carft_ray.data.formats.folder import is_image
 from carft_ray.data.formats.tables import table_files, unlabelled_rows
-from carft_ray.data.images import IMAGE_ENDINGS, read_bytes, unreadable
 from carft_ray.data.listing import text_problems
 from carft_ray.data.source import Unlabelled, refused
 from carft_ray.data.table_rows import ENDINGS

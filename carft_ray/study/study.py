@@ -9,9 +9,7 @@
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
 
-An attempt advances when it leaves a newer checkpoint than the failed one before it. There is no limit while attempts
-advance. Of attempts in a row that do not, the second exception is a verdict, and after ``LOST_ATTEMPTS`` the training
-is set aside and the others continue.
+``retries`` decides when an exception has come back, and when a training is set aside.
 """
 
 import contextlib
@@ -34,7 +32,7 @@ from carft_ray.store import attempt_files
 from carft_ray.store.attempt_files import append_log, progress_of, read_result, reported_rows
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
-from carft_ray.study import rows, training, typed
+from carft_ray.study import retries, rows, training, typed
 from carft_ray.study.best import Retention
 from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
@@ -44,8 +42,6 @@ from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
 from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
 
-ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
-LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
 CODE = ("function", "function_dir")  # keys of ``train`` that name code
 
 
@@ -227,25 +223,11 @@ class Study:
 
     def _is_verdict(self, spec: TrialSpec, folder: Path, failure: Failure) -> bool:
         if failure.outcome == "error":
-            return bool(self._stuck(spec, folder, is_error=True)["errors"] >= ERRORS)
+            return retries.is_verdict(self._count(spec, folder, is_error=True))
         return failure.outcome == "diverged"
 
-    def _stuck(self, spec: TrialSpec, folder: Path, is_error: bool = False) -> dict[str, Any]:
-        """Counts an attempt that was lost or has ended with an exception, once.
-
-        Returns:
-            Since an attempt has advanced: ``number`` of such attempts, ``errors`` among them; and ``progress`` now.
-        """
-        none: dict[str, Any] = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
-        before = self.journal.attribute(spec, attr.STUCK) or none
-        now = progress_of(folder, self.log.store.known(spec.training))
-        if before["attempt"] == spec.attempt:
-            return dict(before)
-        before = none if now > before["progress"] else before
-        numbers = {"number": before["number"] + 1, "errors": before["errors"] + is_error}
-        found = {"attempt": spec.attempt, "progress": now, **numbers}
-        self.journal.note(spec, {attr.STUCK: found})
-        return found
+    def _count(self, spec: TrialSpec, folder: Path, is_error: bool = False) -> dict[str, Any]:
+        return retries.count(self.journal, spec, progress_of(folder, self.log.store.known(spec.training)), is_error)
 
     def _pruned(self, spec: TrialSpec, verdict: str, reason: str, more: Mapping[str, Any]) -> TrialRow:
         attributes = {attr.OUTCOME: verdict, attr.REASON: reason, **more}
@@ -270,10 +252,10 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         attempt_files.log_lost(folder, spec.attempt, reason, details)
-        found = self._stuck(spec, folder)
-        if found["number"] < LOST_ATTEMPTS:
+        found = self._count(spec, folder)
+        if not retries.is_last(found):
             self.repeat(spec)
-            return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
+            return "advanced" if retries.has_advanced(found) else "repeated"
         why = f"{found['number']} attempts in a row made no progress; the last: {reason}"
         self.journal.note(spec, {attr.SET_ASIDE: why})
         return "set aside"

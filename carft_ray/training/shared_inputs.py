@@ -12,7 +12,7 @@ from carft_ray.data.cache import cache_dir
 from carft_ray.data.cached_sets import DecodedSource, Keeping, PackedSource, image_set, pays
 from carft_ray.data.class_names import class_words
 from carft_ray.data.corruptions import CorruptedSource
-from carft_ray.data.images import DECODERS
+from carft_ray.data.decode_images import DECODERS
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import TRAIN, open_sets
 from carft_ray.data.source import ImageSet, Source

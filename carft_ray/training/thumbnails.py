@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carft_ray import files
-from carft_ray.data.images import small_jpeg
+from carft_ray.data.decode_images import small_jpeg
 from carft_ray.data.source import IdArray, ImageSet
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.predictions import correct_matrix, read_bounded, sample_ids

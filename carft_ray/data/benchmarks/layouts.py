@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import scipy  # its modules load when they are first used
 
+from carft_ray.data.decode_images import CIFAR_SIDE
 from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
-from carft_ray.data.images import CIFAR_SIDE
 from carft_ray.data.listing import Listing, image_table
 from carft_ray.data.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest

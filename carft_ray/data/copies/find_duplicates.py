@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.images import DECODERS
+from carft_ray.data.decode_images import DECODERS
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import NUM_NAMED, OnProgress, Records, pixel_limit, records, without_bad_images
 from carft_ray.data.role_checks import may_share

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.images import IMAGE_ENDINGS, cause_of
+from carft_ray.data.decode_images import IMAGE_ENDINGS, cause_of
 from carft_ray.data.listing import Listing, and_more, image_table, normal
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import FolderSet

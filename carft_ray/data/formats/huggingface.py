@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.images import cause_of
+from carft_ray.data.decode_images import cause_of
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import HuggingFaceSet
 from carft_ray.untrusted import parse_json, read_regular

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from carft_ray.data.decode_images import read_bytes
 from carft_ray.data.file_index import kept_index
 from carft_ray.data.formats.folder import (
     NAMES_STEP,
@@ -27,7 +28,6 @@ from carft_ray.data.formats.folder import (
     whole_numbers,
 )
 from carft_ray.data.formats.webdataset import find_files, folder_of
-from carft_ray.data.images import read_bytes
 from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.data.source import Unlabelled, image_digest, refused
 from carft_ray.data.table_rows import (

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from carft_ray.data.decode_images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.file_index import kept_index
 from carft_ray.data.formats.folder import check_names, named_classes, read_class_names, whole_numbers
-from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.data import WebDatasetSet

@@ -1,7 +1,7 @@
 """Classifying images with an export: decoded ahead by threads, answered batch by batch, written as they come.
 
-Images are opened and resized as the evaluation of a training does it (``data.images``, ``Clip.to_input``), and computed
-in float32 like every export, so the predictions that a study has stored are repeated.
+Images are opened and resized as the evaluation of a training does it (``data.decode_images``, ``Clip.to_input``), and
+computed in float32 like every export, so the predictions that a study has stored are repeated.
 
 Shape letters: B images of a batch, S side, C classes, K classes that are told.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from carft_ray.data.cached_sets import transformed
-from carft_ray.data.images import decode_image
+from carft_ray.data.decode_images import decode_image
 from carft_ray.data.source import PixelArray, Unlabelled, in_order
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import fsync_file, new_file

@@ -21,7 +21,7 @@ from carft_ray.layout import FOLDERS
 from carft_ray.recipe.schema.search import total_violation
 from carft_ray.results.figure import rendered, study_figure
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.verdict_card import verdict
+from carft_ray.results.study_card import verdict
 from carft_ray.study.importance import MIN_TRIALS
 from carft_ray.untrusted import require_nothing_outside, visible
 

@@ -1,4 +1,4 @@
-"""Who works in a study: a process, as it can be told from others, and whether it is gone."""
+"""Who owns a study: a process, as it can be told from others; whether it is gone, or counts as gone for its silence."""
 
 import contextlib
 import os
@@ -8,6 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
+SILENT_FOR_S = 90.0  # without a commit, the owner is taken for dead
+# a reader compares its clock with that of the store, which differ, and believes in a silent owner for longer
+READERS_SILENT_FOR_S = 300.0
+LOOK_EVERY_S = 1.0  # while another owner may be dead
 ALIVE = "alive"  # of a process of which no more can be seen
 _MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be found
 
