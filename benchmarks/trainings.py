@@ -71,11 +71,13 @@ class Planned:
         name: For people.
         values: Over the recipe's ``train``.
         test_alphas: Where it is read on the test sets; none: only on validation.
+        keeps_weights: Whether its weights stay.
     """
 
     name: str
     values: Mapping[str, Any]
     test_alphas: tuple[float, ...] = ()
+    keeps_weights: bool = False
 
     @property
     def folder_name(self) -> str:
@@ -249,7 +251,8 @@ def _run(bench: Bench, planned: Planned) -> bool:
         return True
     if planned.test_alphas and not _test_path(folder).exists():
         write_predictions(_test_path(folder), _predict_tests(recipe, bench, folder, planned.test_alphas))
-    (_place(folder) / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
+    if not planned.keeps_weights:
+        (_place(folder) / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
     return True
 
 

@@ -9,8 +9,8 @@ ATTEMPT = "attempt"  # number of its last attempt; ``Study.next``
 # of a training, while it runs
 LOOK = "look/"  # with the percent: an intermediate value of a trial with two objectives; ``Journal.report``
 CUT = "cut"  # the ``Cut``, once the pruner has decided; ``Study.report``
-STUCK = "without_progress"  # its attempts in a row that failed without advancing; ``Study._stuck``, ``recovery``
-SET_ASIDE = "set_aside"  # why it is left to the next search, which makes it None; ``Study.lost``, ``recovery``
+STUCK = "without_progress"  # its attempts in a row that failed without advancing; ``retries.count``, ``take_over``
+SET_ASIDE = "set_aside"  # why it is left to the next search, which makes it None; ``Study.lost``, ``take_over``
 SPENT = "attempts_s"  # attempt -> [seconds, GPUs], when an attempt ends, however it ends; ``Study.spent``
 
 # of a training, when it has ended: ``Study.settle`` and ``add_zero_shot``, through ``Journal.tell``

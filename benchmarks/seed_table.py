@@ -1,0 +1,155 @@
+"""PACS trainings of 24 configurations with four seeds each, as one table: ``python -m benchmarks.seed_table RECIPE``
+
+    python -m benchmarks.seed_table examples/pacs/photo.yaml --out benchmarks/results/seeds/photo
+
+The configurations are the recipe's baselines and a space-filling design (scrambled Sobol) over its search space. Each
+is trained with seeds 0 to 3 by the product's own code. The table shows what a search sees of a training, and what a
+search does not see: its accuracies on the first fifth of each test domain and of the ID test images, which is for
+tables. No claim about test domains is made from it, and the recipes of ``examples/pacs`` test on the other four fifths.
+
+    one row per training: configuration, the searched values, seed, alpha, objective, elapsed_s
+    curve    list of {alpha, objective, id_accuracy, ood_accuracy, accuracy/<set>, correct, tests}
+
+``correct`` and ``tests`` hold one bit per validation and test image (``numpy.packbits``). The metadata of the schema
+have the sets and their sizes, commit and recipe hash. A training that diverged has its values and nothing else.
+Fine-tuned weights stay in the folder of the trainings (4 GB), outside git. Finished trainings are not run again: a
+killed benchmark continues with the same command.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import qmc
+
+from benchmarks.trainings import ID_TEST, Clock, Finished, Planned, open_bench, run_all, space_of
+from carft_ray import environment, files
+from carft_ray.errors import CarftError
+from carft_ray.evaluation.objective import ID_SET
+from carft_ray.evaluation.predictions import BoolArray, correct_matrix
+from carft_ray.recipe.loading import load_recipe, recipe_hash
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.ui import console
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ROOT / "benchmarks" / "tables"
+NUM_CONFIGURATIONS, SEEDS = 24, (0, 1, 2, 3)
+DESIGN_SEED = 0
+SHARE = 0.2  # of each test set, its first images: for tables
+
+
+def design(recipe: Recipe, number: int) -> dict[str, dict[str, Any]]:
+    """Returns the values of the configurations by name: the recipe's baselines, then points of its space."""
+    space, found = space_of(recipe), {name: dict(values) for name, values in recipe.search.baselines.items()}
+    shares = qmc.Sobol(len(space), seed=DESIGN_SEED).random_base2(max(1, (number - 1).bit_length()))
+    for index, row in enumerate(shares[: number - len(found)]):
+        parts = zip(space.items(), row, strict=True)
+        found[f"point {index}"] = {
+            name: float(f"{p.low * (p.high / p.low) ** x if p.log else p.low + x * (p.high - p.low):.4g}")
+            for (name, p), x in parts
+        }
+    return found
+
+
+def row_of(name: str, training: Finished, sets: Sequence[str], tests: Sequence[str]) -> dict[str, Any]:
+    """Returns a training as a row of the table."""
+    row: dict[str, Any] = {"configuration": name, "seed": 0, **training.planned.values, "diverged": training.diverged}
+    if training.diverged:
+        return row
+    result = training.result
+    read = {point["alpha"]: _bits(training.test, point["alpha"], tests) for point in result["curve"] if point["alpha"]}
+    return {
+        **row,
+        **{key: result[key] for key in ("objective", "alpha", "elapsed_s")},
+        "curve": [
+            {
+                **point,
+                "correct": _bits(training.validation, point["alpha"], sets),
+                "tests": read.get(point["alpha"], b""),
+            }
+            for point in result["curve"]
+        ],
+    }
+
+
+def _bits(table: pa.Table, alpha: float, sets: Sequence[str]) -> bytes:
+    found: list[BoolArray] = [correct_matrix([(table, alpha)], name)[0] for name in sets]
+    return np.packbits(np.concatenate(found)).tobytes()
+
+
+def for_tables(recipe: Recipe) -> Recipe:
+    """Returns a recipe whose test sets are the first images of each, which are for tables."""
+    data = recipe.data.model_copy(
+        update={
+            "id_test": _first(recipe.data.id_test),
+            "ood_test": {name: _first(spec) for name, spec in recipe.data.ood_test.items()},
+        }
+    )
+    return recipe.model_copy(update={"data": data})
+
+
+def _first(spec: Any) -> Any:
+    """Returns the part for tables that belongs to a sealed part: the fifth before it."""
+    low, high = spec.part
+    return spec.model_copy(update={"part": (round(low - (high - low) * SHARE / (1 - SHARE), 9), low)})
+
+
+def make(recipe_path: Path, out: Path, table_path: Path, number: int, processes: int) -> None:
+    """Runs the trainings that are missing, so many at a time with one thread each, and writes the table."""
+    recipe = load_recipe(recipe_path)
+    bench = open_bench(for_tables(recipe), out)
+    alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
+    planned = [
+        (name, Planned(f"{name}, seed {seed}", {**values, "seed": seed}, alphas, keeps_weights=True))
+        for seed in SEEDS
+        for name, values in design(recipe, number).items()
+    ]
+    plans = [each for _, each in planned]
+    trainings = run_all(bench, plans, processes, Clock(sum(each.cost for each in plans)))
+    sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
+    rows = [row_of(name, training, sets, tests) for (name, _), training in zip(planned, trainings, strict=True)]
+    finished = [training for training in trainings if not training.diverged]
+    one = finished[0]
+    sizes: Mapping[str, int] = {
+        **{name: one.result["num_images"][name] for name in sets},
+        **{name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests},
+    }
+    words = {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "commit": environment.git_state(ROOT)[0] or "",
+        "sets": json.dumps({name: sizes[name] for name in sets}),
+        "tests": json.dumps({name: sizes[name] for name in tests}),
+    }
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(words)
+    with files.new_file(table_path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    print(f"{len(trainings)} trainings, {len(trainings) - len(finished)} diverged; {table_path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.seed_table", description="PACS trainings as a table.")
+    parser.add_argument("recipe", type=Path, help="a recipe with test sets, as examples/pacs/photo.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--table", type=Path, help="default: benchmarks/tables/NAME-seeds.parquet")
+    parser.add_argument("--configurations", type=int, default=NUM_CONFIGURATIONS, help="(%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time (%(default)s)")
+    given = parser.parse_args(argv)
+    try:
+        table = given.table or TABLES / f"{load_recipe(given.recipe).name}-seeds.parquet"
+        make(given.recipe, given.out.resolve(), table, given.configurations, given.processes)
+    except CarftError as error:
+        console.show_error(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
