@@ -22,7 +22,7 @@ from scipy.interpolate import CubicSpline, RBFInterpolator
 from benchmarks.table import GRID, SPACE
 from benchmarks.trainings import space_of
 from carft_ray.errors import Problem, StorageError
-from carft_ray.evaluation.alpha import choose_point
+from carft_ray.evaluation.alpha_curve import choose_point
 from carft_ray.recipe.schema.recipe import Recipe
 
 SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator

@@ -30,7 +30,7 @@ from carft_ray.recipe.methods import methods
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm_plan import read_plan
 from carft_ray.results.figure import INK
-from carft_ray.study.front import non_dominated
+from carft_ray.study.pareto_front import non_dominated
 from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of
 from carft_ray.ui import console

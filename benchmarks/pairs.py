@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from carft_ray.data.copies.find_duplicates import SharedRow, shared_pairs
 from carft_ray.data.decode_images import decode_image
+from carft_ray.data.duplicates.find_duplicates import SharedRow, shared_pairs
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.sandbox import DOMAINS, SandboxSource
 from carft_ray.data.source import reading_threads

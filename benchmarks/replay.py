@@ -30,7 +30,7 @@ from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
 from benchmarks.trainings import space_of
 from carft_ray.errors import DivergedError
-from carft_ray.evaluation.alpha import choose_point
+from carft_ray.evaluation.alpha_curve import choose_point
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import Recipe

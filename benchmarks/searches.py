@@ -30,15 +30,15 @@ from benchmarks.landscape import FloatArray, Landscape, Measured, covered, mean_
 from benchmarks.replay import search
 from benchmarks.table import RECIPE, SPACE
 from carft_ray import files
-from carft_ray.evaluation.alpha import choose_point
+from carft_ray.evaluation.alpha_curve import choose_point
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import VIOLATION
 from carft_ray.store.attempt_files import write_result
-from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
+from carft_ray.study.pareto_front import front_of, non_dominated
 from carft_ray.study.rows import best_row
 from carft_ray.study.take_over import recover_running
 from carft_ray.study.training import TrialRow

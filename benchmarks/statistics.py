@@ -63,7 +63,7 @@ from carft_ray.results.statistics.intervals import (
     objective_interval,
     paired_differences,
 )
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
 
 SIZES = {"id_val": 500, "ood_1": 300, "ood_2": 300}
 WEIGHTS = {"id_val": 0.5, "ood_1": 0.25, "ood_2": 0.25}

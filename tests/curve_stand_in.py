@@ -5,7 +5,7 @@ import math
 import stand_in
 
 from carft_ray import files
-from carft_ray.evaluation.alpha import limits
+from carft_ray.evaluation.alpha_curve import limits
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store import attempt_files

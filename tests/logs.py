@@ -6,8 +6,8 @@ import json
 from carft_ray.layout import COMMITS
 from carft_ray.store.commit import commit_name, digest_in, sealed
 from carft_ray.store.folder import Folder
+from carft_ray.store.heartbeat import identity
 from carft_ray.store.log import _NOBODY, Log, log_of
-from carft_ray.store.owner import identity
 from carft_ray.study.holding import check_fit, held, is_study
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study

@@ -237,7 +237,7 @@ def commands(here):
 def quicken():
     """Leaves out what takes time and depends on no input: the process that opens an export, waits for the dead."""
     from carft_ray.results.export import export
-    from carft_ray.store import log, owner
+    from carft_ray.store import heartbeat, log
 
     export.farthest_logit = lambda *given: 0.0
-    owner.SILENT_FOR_S = owner.LOOK_EVERY_S = log.UNCLEAR_FOR_S = 0.1
+    heartbeat.SILENT_FOR_S = heartbeat.LOOK_EVERY_S = log.UNCLEAR_FOR_S = 0.1

@@ -19,7 +19,7 @@ from study_steps import failed, searching
 
 from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation import metrics
-from carft_ray.evaluation.alpha import (
+from carft_ray.evaluation.alpha_curve import (
     Limit,
     alphas_at_chance,
     choose_point,

@@ -19,8 +19,17 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.figure import figure_at_the_end
 from carft_ray.store.folder import Folder
 from carft_ray.study.best import Retention
-from carft_ray.study.front import FrontRule, best_point, front_of, front_rule, knee, lexicographic, non_dominated, stand
 from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
+from carft_ray.study.pareto_front import (
+    FrontRule,
+    best_point,
+    front_of,
+    front_rule,
+    knee,
+    lexicographic,
+    non_dominated,
+    stand,
+)
 from carft_ray.study.rows import best_first, best_row
 from carft_ray.study.snapshot import snapshot
 from carft_ray.study.take_over import recover_running

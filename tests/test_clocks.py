@@ -20,9 +20,9 @@ from test_holding import ELSEWHERE, holder, leave
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store import owner
+from carft_ray.store import heartbeat
+from carft_ray.store.heartbeat import SILENT_FOR_S
 from carft_ray.store.log import log_of
-from carft_ray.store.owner import SILENT_FOR_S
 from carft_ray.study.opening import open_study
 from carft_ray.study.running import left_behind, started
 from carft_ray.study.training import TrialSpec
@@ -53,7 +53,7 @@ def search_with(path, jumps, study_dir, num_trials):
 
     os.replace = replace
     stand_in.make_recipe = with_budget(stand_in.make_recipe)
-    owner.BEAT_AFTER_S = 0.0
+    heartbeat.BEAT_AFTER_S = 0.0
     sys.exit(
         search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"sampler": {"name": "random"}}')
     )
@@ -122,8 +122,8 @@ def test_of_a_search_that_runs_the_time_used_is_neither_negative_nor_that_of_a_j
 def test_a_study_of_a_dead_process_with_dates_in_the_future_is_taken_over_by_a_search_and_by_a_confirm(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(owner, "SILENT_FOR_S", 0.3)
-    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENT_FOR_S", 0.3)
+    monkeypatch.setattr(heartbeat, "LOOK_EVERY_S", 0.05)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("carft_ray.launch.workers.worker.RUNNER", verbs_host.RUNNER)
     (tmp_path / "recipe.yaml").write_text(verbs_host.RECIPE)

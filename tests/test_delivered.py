@@ -12,7 +12,7 @@ from bucket_server import bucket_server
 
 import carft_ray
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.alpha import point_at
+from carft_ray.evaluation.alpha_curve import point_at
 from carft_ray.layout import WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.confirm_plan import read_plan

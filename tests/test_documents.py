@@ -25,7 +25,7 @@ from carft_ray.launch.cluster import jobs
 from carft_ray.launch.workers import file_transfer, mailbox, node_files
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import BACKBONES
-from carft_ray.store import log, owner
+from carft_ray.store import heartbeat, log
 from carft_ray.study import uploads
 from carft_ray.study.retries import LOST_ATTEMPTS
 from carft_ray.training import loop, thumbnails
@@ -110,9 +110,9 @@ NUMBERS = [  # which the tests above make small
         f"copies of {log.PACKED} commits in one object, for quick reading; written every {log.PACK_EVERY} commits",
     ),
     ("storage", f"It uploads all other files every {WORDS[uploads.UPLOAD_EVERY_S]} seconds, and at the end."),
-    ("storage", f"until its last heartbeat is {WORDS[owner.READERS_SILENT_FOR_S / 60]} minutes old"),
+    ("storage", f"until its last heartbeat is {WORDS[heartbeat.READERS_SILENT_FOR_S / 60]} minutes old"),
     ("storage", f"the search tries a commit for {log.UNCLEAR_FOR_S:.0f} s"),
-    ("resume", f"takes the study over after {owner.SILENT_FOR_S:.0f} s without one"),
+    ("resume", f"takes the study over after {heartbeat.SILENT_FOR_S:.0f} s without one"),
     ("resume", f"{WORDS[LOST_ATTEMPTS]} attempts at a trial in a row fail without advancing"),
     ("resume", f"A driver that is silent for {WORDS[mailbox.PATIENCE_S]}"),
     ("resume", f"The search asks Ray {WORDS[nodes.ASK_EVERY_S]}."),

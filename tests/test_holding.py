@@ -21,11 +21,11 @@ from stand_in import make_recipe
 from study_steps import contents, searching
 
 from carft_ray.errors import DataError, StorageError
+from carft_ray.store import heartbeat
 from carft_ray.store import log as module
-from carft_ray.store import owner
 from carft_ray.store.folder import Folder
+from carft_ray.store.heartbeat import READERS_SILENT_FOR_S, identity
 from carft_ray.store.log import Log, log_of
-from carft_ray.store.owner import READERS_SILENT_FOR_S, identity
 from carft_ray.study import holding as held_module
 from carft_ray.study.opening import open_study
 from carft_ray.study.snapshot import snapshot
@@ -59,8 +59,8 @@ def state_of(pid):
 
 
 def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, monkeypatch):
-    monkeypatch.setattr(owner, "SILENT_FOR_S", 1.0)
-    monkeypatch.setattr(owner, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENT_FOR_S", 1.0)
+    monkeypatch.setattr(heartbeat, "LOOK_EVERY_S", 0.05)
     leave(study_dir, **ELSEWHERE)
     told = []
     with open_study(study_dir, make_recipe(3), tell=told.append) as study:
@@ -77,7 +77,7 @@ def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_di
 
 
 def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, monkeypatch):
-    monkeypatch.setattr(owner, "BEAT_AFTER_S", 0.05)
+    monkeypatch.setattr(heartbeat, "BEAT_AFTER_S", 0.05)
     monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.02)
     with searching(study_dir, make_recipe(3)) as study:
         before = len(commits(study_dir))
@@ -88,7 +88,7 @@ def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, mon
 
 
 def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(owner, "BEAT_AFTER_S", 0.0)
+    monkeypatch.setattr(heartbeat, "BEAT_AFTER_S", 0.0)
     monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.001)
     for _ in range(5):
         with pytest.raises(DataError), open_study(tmp_path / "new", make_recipe(3)):
@@ -108,9 +108,9 @@ WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S")
 def move(boot):
     """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
     me = {**identity(), "boot": boot}
-    owner.identity = module.identity = lambda: dict(me)
+    heartbeat.identity = module.identity = lambda: dict(me)
     for name in WAITS:
-        setattr(owner, name, getattr(owner, name) / 100)
+        setattr(heartbeat, name, getattr(heartbeat, name) / 100)
     module.RETRY_EVERY_S /= 100
     held_module.LOOK_EVERY_S /= 100
 

@@ -14,7 +14,7 @@ from study_steps import contents
 from carft_ray.errors import StorageError
 from carft_ray.store import log as module
 from carft_ray.store.folder import Folder, RefusedError
-from carft_ray.store.owner import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, identity, process_started
+from carft_ray.store.heartbeat import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, identity, process_started
 
 ELSEWHERE = {**identity(), "host": "elsewhere"}
 

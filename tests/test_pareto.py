@@ -31,9 +31,9 @@ from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import search_summary
 from carft_ray.study.attributes import TRAINING_OF
-from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.journal import trial_name
 from carft_ray.study.opening import open_study
+from carft_ray.study.pareto_front import front_of, non_dominated, points_of
 from carft_ray.study.rows import is_training
 from carft_ray.study.snapshot import snapshot
 from carft_ray.study.take_over import recover_given

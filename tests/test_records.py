@@ -15,8 +15,8 @@ from PIL import Image
 from sources import open_set, told
 
 from carft_ray.data import records as module
-from carft_ray.data.copies.find_duplicates import same_pictures
 from carft_ray.data.decode_images import decode_image
+from carft_ray.data.duplicates.find_duplicates import same_pictures
 from carft_ray.data.records import records, thumbnail_of, without_bad_images
 from carft_ray.data.source import AHEAD, image_digest, in_order, pixel_digest
 from carft_ray.errors import DataError, Problem

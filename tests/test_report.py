@@ -33,7 +33,7 @@ from carft_ray.results.page.data import page_document, set_tables
 from carft_ray.results.page.page import FIGURES, HERE, figures, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
 from carft_ray.results.study_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.snapshot import snapshot

@@ -26,7 +26,7 @@ from carft_ray.evaluation.predictions import correct, read_predictions, write_pr
 from carft_ray.launch.command import Plan, train_once
 from carft_ray.layout import PREDICTIONS
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.compare import compare
+from carft_ray.results.compare_trainings import compare
 from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reproduce import columns, differing, reproduce, sentence
 from carft_ray.results.statistics.intervals import OVER_IMAGES

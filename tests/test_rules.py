@@ -135,8 +135,8 @@ AROUND = {  # why a module may read files without ``untrusted``
     "the gate": "untrusted",
     "writes": "files training/tensorboard store/bucket launch/workers/worker",
     "the package's own files": "environment recipe/presets recipe/benchmarks recipe/methods data/draft data/sandbox"
-    " data/corruptions data/copies/shared_images results/export/export results/page/page",
-    "the kernel's files": "store/owner",
+    " data/corruptions data/duplicates/shared_images results/export/export results/page/page",
+    "the kernel's files": "store/heartbeat",
     "the user's own cache, token, and code that is trusted": "data/cache data/file_index training/targets"
     " launch/cluster/jobs training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/layouts"
@@ -218,9 +218,11 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.sets"
     " carft_ray.data.views carft_ray.data.cached_sets",
     # readers of a study; else `status` and the other quick verbs would take seconds
-    "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.api.trained carft_ray.results.compare"
+    "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.api.trained"
+    " carft_ray.results.compare_trainings"
     " carft_ray.results.report carft_ray.results.reading.study_view"
-    " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics carft_ray.evaluation.alpha"
+    " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics"
+    " carft_ray.evaluation.alpha_curve"
     " carft_ray.launch.stop",
 }
 # which every command ends with: its next step
@@ -304,7 +306,7 @@ MAY = {
     ".print": {"ui/console.py": "is the gate", "ui/notebook.py": "as the gate", "ui/progress.py": "`console.plain`"},
     "Markup": {"results/page/page.py": "what is Markup is not changed"},
     "html.escape": {"ui/notebook.py": "a whole page of ours in an attribute"},
-    "csv.writer": {"data/copies/shared_images.py": "`csv_cell`", "results/export/predict.py": "`csv_cell`"},
+    "csv.writer": {"data/duplicates/shared_images.py": "`csv_cell`", "results/export/predict.py": "`csv_cell`"},
     "write_csv": {"results/report.py": "`csv_cell`"},
 }
 NOWHERE = ("print", "from_markup", "from_ansi", "markup=True", "saxutils", "csv.DictWriter", "to_csv")

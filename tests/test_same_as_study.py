@@ -18,7 +18,7 @@ from logs import change, commits, holding, rewrite
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from carft_ray.data.copies.find_duplicates import digests_of_tests
+from carft_ray.data.duplicates.find_duplicates import digests_of_tests
 from carft_ray.data.same_as_study import differences_of, require_same
 from carft_ray.errors import DataError, MachineError
 from carft_ray.recipe.loading import load_recipe

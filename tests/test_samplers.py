@@ -24,9 +24,9 @@ from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.search import AnySampler, CategoricalParameter
 from carft_ray.recipe.space import contains, grid_index, grid_size, num_trials
 from carft_ray.study.attributes import POINT
-from carft_ray.study.proposals import samplers
+from carft_ray.study.proposals import optuna_samplers
 from carft_ray.study.proposals.optuna_private import is_within
-from carft_ray.study.proposals.samplers import distribution
+from carft_ray.study.proposals.optuna_samplers import distribution
 from carft_ray.study.snapshot import snapshot
 
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -62,11 +62,11 @@ def recipe_for(name, more=None, trials=HISTORY + 4, **search):
 def told(study, recipe, result, at_a_time=1, wanted=HISTORY + 4):
     """Searches with a study of Optuna alone; ``result`` gives state and objective of the values of a trial."""
     drawn = []
-    while len(drawn) < wanted and not samplers.used_up(study, recipe):
+    while len(drawn) < wanted and not optuna_samplers.used_up(study, recipe):
         begun = []
         for _ in range(min(at_a_time, wanted - len(drawn))):
-            trial = samplers.ask(study, recipe)
-            values = samplers.draw(study, trial, recipe)
+            trial = optuna_samplers.ask(study, recipe)
+            values = optuna_samplers.draw(study, trial, recipe)
             trial.set_user_attr("name", f"t{trial.number:04d}")
             begun.append((trial, values))
             drawn.append(values)
@@ -150,8 +150,8 @@ def check_resume(name, recipe):
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             if running and len(running[0].params) == len(drawn[running[0].number]):
                 continue  # nothing is left to draw
-            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else samplers.ask(study, recipe)
-            assert samplers.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
+            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else optuna_samplers.ask(study, recipe)
+            assert optuna_samplers.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
 
 
 def journal(file):

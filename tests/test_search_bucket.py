@@ -29,13 +29,13 @@ from carft_ray.launch.workers.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG, WEIGHTS
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import heartbeat
 from carft_ray.store import log as log_module
-from carft_ray.store import owner
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.copy import NUMBERS
 from carft_ray.store.folder import Folder, UnknownError
+from carft_ray.store.heartbeat import identity
 from carft_ray.store.log import Log, log_of
-from carft_ray.store.owner import identity
 from carft_ray.study.holding import held
 from carft_ray.study.ledger import TEST, read_ledger, record
 from carft_ray.study.opening import open_study
@@ -374,7 +374,7 @@ def test_a_search_on_a_machine_whose_clock_is_behind_is_seen_and_asked_to_stop(s
 def test_a_search_that_seems_to_be_silent_is_asked_and_runs_if_a_heartbeat_follows(server, monkeypatch, capsys, runs):
     address = begun(server)
     log = elsewhere(server)
-    monkeypatch.setattr(owner, "BEAT_AFTER_S", 0.0)
+    monkeypatch.setattr(heartbeat, "BEAT_AFTER_S", 0.0)
     monkeypatch.setattr("carft_ray.launch.stop.HEARD_S", 60.0 if runs else 0.0)
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 600)  # the clock here, not that of the store
 

@@ -10,8 +10,8 @@ from sources import open_set, open_train, open_validation, recipe_of, told
 
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
-from carft_ray.data.copies.find_duplicates import digests_of_tests
-from carft_ray.data.copies.shared_images import find_shared
+from carft_ray.data.duplicates.find_duplicates import digests_of_tests
+from carft_ray.data.duplicates.shared_images import find_shared
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.role_checks import check_roles, check_sets
 

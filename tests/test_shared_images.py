@@ -21,8 +21,8 @@ from sources import open_train, open_validation
 from benchmarks import pairs
 from benchmarks.photos import photo
 from carft_ray import words
-from carft_ray.data.copies import find_duplicates as find
-from carft_ray.data.copies import shared_images as shares
+from carft_ray.data.duplicates import find_duplicates as find
+from carft_ray.data.duplicates import shared_images as shares
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.records import SIDE, Records, thumbnail_of
 from carft_ray.data.role_checks import check_sets

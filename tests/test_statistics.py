@@ -19,7 +19,7 @@ from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import concat, write_predictions
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results import compare as results_compare
+from carft_ray.results import compare_trainings as results_compare
 from carft_ray.results import test_summary
 from carft_ray.results.evidence import compare, comparison_lines, differences, in_points, judged, p_words, row_lines
 from carft_ray.results.statistics import intervals
@@ -31,7 +31,7 @@ from carft_ray.results.statistics.intervals import (
     rank_correlation,
     values_by_seed,
 )
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
 from carft_ray.results.stored import read_stored
 from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console

@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional
 from carft_ray.data import corruptions as module
 from carft_ray.data import sandbox
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.corruptions import CORRUPTIONS, corrupt, squared
+from carft_ray.data.duplicates.shared_images import find_shared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sandbox import CLASSES, SandboxSource, export_images, render

@@ -22,7 +22,7 @@ from logs import change, commits, goes_on, holding
 from carft_ray import environment
 from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.copies import find_duplicates as find
+from carft_ray.data.duplicates import find_duplicates as find
 from carft_ray.data.listing import sample_id
 from carft_ray.data.sets import open_source
 from carft_ray.errors import InterruptedRunError

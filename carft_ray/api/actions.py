@@ -239,7 +239,7 @@ def confirm(
     words = override_words(overrides)
     recipe = check_recipe(recipe_for_use(view.study_dir, view.recipe, "confirm {}", words, trust_paths))
     recipe, runner = _with_trainer(recipe, train, trust)
-    from carft_ray.data.copies.shared_images import read_shared, shared_lines
+    from carft_ray.data.duplicates.shared_images import read_shared, shared_lines
     from carft_ray.launch.command import Plan, run_confirm
     from carft_ray.results import confirm_plan
     from carft_ray.results.confirm_numbers import choose, confirm_lines, summarise
@@ -356,7 +356,7 @@ def train(
         logger.warning("budget has no effect on one training")
     if value.tracking != TrackingConfig():
         logger.warning("tracking has no effect on one training; a search of one trial is tracked")
-    from carft_ray.evaluation.alpha import point_at
+    from carft_ray.evaluation.alpha_curve import point_at
     from carft_ray.launch.command import Plan, train_once
     from carft_ray.ui.progress import training_shown
 

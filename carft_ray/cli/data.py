@@ -52,7 +52,7 @@ def data_add(
     """Build the cache for the trainings of a recipe: training and validation sets, never test sets."""
     from carft_ray.data.cache import cache_dir, list_entries
     from carft_ray.data.cached_sets import DecodedSource, PackedSource
-    from carft_ray.data.copies.shared_images import find_shared, shared_lines, without_shared
+    from carft_ray.data.duplicates.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.training.shared_inputs import load_shared_inputs
     from carft_ray.ui.progress import counting
 

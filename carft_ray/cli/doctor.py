@@ -46,7 +46,7 @@ def doctor(
         step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.api.checks import read_recipe
-    from carft_ray.data.copies.shared_images import check_pairs_path, write_pairs
+    from carft_ray.data.duplicates.shared_images import check_pairs_path, write_pairs
     from carft_ray.launch.cluster.doctor import NUM_IMAGES, as_plain_data, examine
     from carft_ray.ui.progress import counting
 

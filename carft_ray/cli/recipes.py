@@ -180,7 +180,7 @@ def validate(
     value = common.load(recipe, set_, method)
     if deep:
         from carft_ray.data.cache import cache_dir
-        from carft_ray.data.copies.shared_images import find_shared, shared_lines
+        from carft_ray.data.duplicates.shared_images import find_shared, shared_lines
 
         for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)

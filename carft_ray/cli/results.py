@@ -72,7 +72,7 @@ def evaluate_test_sets(
     json_: common.JsonOption = False,
 ) -> None:
     """Read the test sets once: measure winner and baselines on id_test and ood_test. The ledger records every read."""
-    from carft_ray.data.copies.shared_images import read_shared, shared_lines
+    from carft_ray.data.duplicates.shared_images import read_shared, shared_lines
     from carft_ray.results.sealed_read import read_sealed
     from carft_ray.results.test_summary import read_lines
     from carft_ray.store.copy import MODELS
@@ -248,7 +248,7 @@ def compare(
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""
     from carft_ray.recipe.loading import trust_word
-    from carft_ray.results.compare import compare
+    from carft_ray.results.compare_trainings import compare
     from carft_ray.results.reading.finished import open_finished, split_target
 
     found = compare(a, b)

@@ -3,8 +3,8 @@
 Every command takes it from the cache, and reads no file again.
 
 Of each image: the hash of its bytes and their number, the hash of its pixels, the thumbnail by which the same picture
-is found (``data.copies.find_duplicates``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of
-a test set only the thumbnails show pictures before `test`; one that cannot be decoded has an empty thumbnail.
+is found (``data.duplicates``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
+only the thumbnails show pictures before `test`; one that cannot be decoded has an empty thumbnail.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
 - **Freshness.** The key is a hash of the identity of the set: its place, and names, sizes, dates and change times of

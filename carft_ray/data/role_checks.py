@@ -66,7 +66,7 @@ def check_roles(recipe: Recipe) -> list[Problem]:
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
     parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may, and so may those of
-    ``may_share``. No image is read: ``data.copies.find_duplicates`` does that.
+    ``may_share``. No image is read: ``data.duplicates.find_duplicates`` does that.
 
     Args:
         recipe: The recipe.

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.find_duplicates import SharedRow, digests_of_tests
-from carft_ray.data.copies.shared_images import shared_of_study, write_shared
+from carft_ray.data.duplicates.find_duplicates import SharedRow, digests_of_tests
+from carft_ray.data.duplicates.shared_images import shared_of_study, write_shared
 from carft_ray.errors import (
     BudgetError,
     CarftError,

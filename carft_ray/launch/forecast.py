@@ -22,7 +22,7 @@ import numpy as np
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.shared_images import find_shared
+from carft_ray.data.duplicates.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem, interruption
 from carft_ray.launch.cluster.capacity import Capacity
 from carft_ray.launch.command import Plan, computing, prepare

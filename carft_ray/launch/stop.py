@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
 from carft_ray.store.bucket import Bucket
-from carft_ray.store.owner import BEAT_AFTER_S, READERS_SILENT_FOR_S
+from carft_ray.store.heartbeat import BEAT_AFTER_S, READERS_SILENT_FOR_S
 from carft_ray.study.holding import Stop
 from carft_ray.study.place import Place, in_bucket, log_at, stop_request
 

@@ -1,8 +1,8 @@
 """Rules that read more than one key of a recipe, and advice on a valid one.
 
 Advice names what keeps a recipe from being searched, and settings that have no effect. What a sampler cannot do was
-read in Optuna 5.0, and a test holds each verdict; ``docs/samplers.md`` has all. ``study/proposals/samplers.py`` makes
-the samplers.
+read in Optuna 5.0, and a test holds each verdict; ``docs/samplers.md`` has all.
+``study/proposals/optuna_samplers.py`` makes the samplers.
 """
 
 import posixpath

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.data.copies.shared_images import read_shared, shared_counts
+from carft_ray.data.duplicates.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import alphas, sample_ids

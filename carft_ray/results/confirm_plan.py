@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError
-from carft_ray.evaluation.alpha import point_at
+from carft_ray.evaluation.alpha_curve import point_at
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.data import CACHE_KEYS

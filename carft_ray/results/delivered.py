@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.evaluation.alpha import point_at
+from carft_ray.evaluation.alpha_curve import point_at
 from carft_ray.layout import CONFIRM, RESULT, SUMMARY, TEST_DIR, WEIGHTS
 from carft_ray.results.confirm_plan import PlanRow, Stage, last_stage, read_plan, whole_rows
 from carft_ray.results.evidence import AT_ONE, headline_lines, in_points, winner_of

@@ -23,7 +23,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
 from carft_ray.results.statistics.intervals import Interval, ValuesBySet, values_by_seed
-from carft_ray.results.statistics.selection import seed_variances
+from carft_ray.results.statistics.selection_bias import seed_variances
 from carft_ray.words import counted
 
 Kind = Literal["search", "confirm", "test"]

@@ -22,7 +22,7 @@ from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objecti
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
 from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.front import front_of
+from carft_ray.study.pareto_front import front_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished
 from carft_ray.study.study import Study
 from carft_ray.study.training import TrialRow, result_of

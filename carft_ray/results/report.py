@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from carft_ray import files
-from carft_ray.data.copies.shared_images import read_shared, shared_counts, shared_lines
+from carft_ray.data.duplicates.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
@@ -26,7 +26,7 @@ from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
 from carft_ray.results.stored import Chosen, of_search, read_compared, read_stored, trials_of
 from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines

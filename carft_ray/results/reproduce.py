@@ -18,14 +18,14 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.copies.shared_images import read_shared, without_shared
+from carft_ray.data.duplicates.shared_images import read_shared, without_shared
 from carft_ray.data.same_as_study import require_same
 from carft_ray.errors import CarftError, InterruptedRunError, Problem
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
 from carft_ray.launch.workers.worker import RUNNER
 from carft_ray.recipe.schema.recipe import Recipe, alone, single, with_keys
-from carft_ray.results.compare import origin
+from carft_ray.results.compare_trainings import origin
 from carft_ray.results.reading.finished import Finished, open_finished
 from carft_ray.study.provenance import differences, leaves
 from carft_ray.study.rows import ZERO_SHOT

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from carft_ray.errors import HoldOutError, Problem, UsageError, nearest
-from carft_ray.evaluation.alpha import Limit, Point, choose_point, curve_points, limits
+from carft_ray.evaluation.alpha_curve import Limit, Point, choose_point, curve_points, limits
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import apply

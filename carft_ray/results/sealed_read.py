@@ -22,8 +22,8 @@ from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.cached_sets import Keeping, image_set
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.copies.find_duplicates import digests_of_tests
-from carft_ray.data.copies.shared_images import find_shared, read_shared, write_shared
+from carft_ray.data.duplicates.find_duplicates import digests_of_tests
+from carft_ray.data.duplicates.shared_images import find_shared, read_shared, write_shared
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.sets import listing_once, open_source
 from carft_ray.data.source import ImageSet, Source

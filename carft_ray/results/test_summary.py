@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, listed, made_folder
-from carft_ray.data.copies.find_duplicates import SharedRow
-from carft_ray.data.copies.shared_images import shared_counts
+from carft_ray.data.duplicates.find_duplicates import SharedRow
+from carft_ray.data.duplicates.shared_images import shared_counts
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, sample_ids

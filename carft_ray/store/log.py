@@ -27,10 +27,10 @@ from optuna.storages.journal import BaseJournalBackend
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS
-from carft_ray.store import owner
+from carft_ray.store import heartbeat
 from carft_ray.store.commit import Commit, Pending, as_json, commit_name, decoded, digest_in, sealed, uncollected
 from carft_ray.store.folder import Folder, RefusedError, Store, UnknownError, probe
-from carft_ray.store.owner import identity, is_gone, is_seen, is_this_process, named
+from carft_ray.store.heartbeat import identity, is_gone, is_seen, is_this_process, named
 
 OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
 UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
@@ -108,7 +108,7 @@ class Log(BaseJournalBackend):
         since, has_grown, is_told = self._clock(), False, False
         while True:
             nonce, before = self._holder
-            is_silent = not has_grown and self._clock() - since >= owner.SILENT_FOR_S
+            is_silent = not has_grown and self._clock() - since >= heartbeat.SILENT_FOR_S
             if _is_free(self._holder) or is_silent:
                 with contextlib.suppress(RefusedError):  # another one was quicker
                     self._write(Pending(records=[record]))
@@ -124,9 +124,9 @@ class Log(BaseJournalBackend):
                 step += ", or end it with Ctrl-C; then run the command again."
                 raise StorageError(Problem(str(self.store), rule, named(before), next_step=step))
             elif not is_told:
-                tell(f"waiting {owner.SILENT_FOR_S:.0f} s for a write of {named(before)}, which may be gone")
+                tell(f"waiting {heartbeat.SILENT_FOR_S:.0f} s for a write of {named(before)}, which may be gone")
                 is_told = True
-            self._sleep(owner.LOOK_EVERY_S)
+            self._sleep(heartbeat.LOOK_EVERY_S)
             has_grown = self._read_on()
 
     def follow(self) -> bool:
@@ -146,13 +146,13 @@ class Log(BaseJournalBackend):
 
         Args:
             also_silent: One of another machine counts until it has released the log; else until its last commit is
-                ``owner.READERS_SILENT_FOR_S`` old, by the clock of the store.
+                ``heartbeat.READERS_SILENT_FOR_S`` old, by the clock of the store.
         """
         if _is_free(self._holder):
             return None
         if not also_silent and not is_seen(self._holder[1]):
             written = self.store.written(commit_name(self.number))
-            if written is not None and time.time() - written >= owner.READERS_SILENT_FOR_S:
+            if written is not None and time.time() - written >= heartbeat.READERS_SILENT_FOR_S:
                 return None
         return named(self._holder[1])
 
@@ -183,7 +183,7 @@ class Log(BaseJournalBackend):
     def lasted(self, number: int) -> float:
         """Returns for how many seconds the process that has made a commit went on to make others.
 
-        From one to the next at most ``owner.SILENT_FOR_S`` counts, at least 0: a clock may jump, a machine may sleep.
+        From one to the next at most ``heartbeat.SILENT_FOR_S`` counts: a clock may jump, a machine may sleep.
         """
         last = next((claim - 1 for claim in self._claims if claim > number), self.number)
         return self._times[last][1] - self._times[min(number, last)][1]
@@ -259,7 +259,7 @@ class Log(BaseJournalBackend):
         Raises:
             StorageError: As ``commit``.
         """
-        if self._clock() - self._last_at >= owner.BEAT_AFTER_S:
+        if self._clock() - self._last_at >= heartbeat.BEAT_AFTER_S:
             with self._spoiling((RefusedError, UnknownError)):
                 self._write(Pending())
 
@@ -414,7 +414,7 @@ class Log(BaseJournalBackend):
     def _take(self, commit: Commit, data: bytes) -> None:
         self.number, self.digest, self.time = commit["number"], digest_in(data), commit["time"]
         before, lasted = self._times[-1]
-        self._times.append((self.time, lasted + min(max(self.time - before, 0.0), owner.SILENT_FOR_S)))
+        self._times.append((self.time, lasted + min(max(self.time - before, 0.0), heartbeat.SILENT_FOR_S)))
         if self.store.has_packs:
             if self.number % PACKED == 1:
                 self._unpacked = []

@@ -14,7 +14,7 @@ from carft_ray.recipe.loading import apply, dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violation_words
 from carft_ray.store.folder import Store
-from carft_ray.study.front import front_rule, stand
+from carft_ray.study.pareto_front import front_rule, stand
 from carft_ray.study.rows import best_first, best_row
 from carft_ray.study.training import TrialRow
 

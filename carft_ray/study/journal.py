@@ -10,7 +10,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
 
 A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other points of a training's alpha curve, too
-(``front.spread_points``), as trials of their own that are no trainings (``attributes.TRAINING_OF``).
+(``pareto_front.spread_points``), as trials of their own that are no trainings (``attributes.TRAINING_OF``).
 """
 
 import hashlib
@@ -31,8 +31,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import VIOLATION, constraint_names, violations
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
-from carft_ray.study import front, warm_start
-from carft_ray.study.proposals import samplers
+from carft_ray.study import pareto_front, warm_start
+from carft_ray.study.proposals import optuna_samplers
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of
@@ -51,7 +51,7 @@ class Journal:
 
     def __init__(self, study_dir: Path, recipe: Recipe, log: Log, storage: JournalStorage) -> None:
         self.studies: dict[Kind, optuna.Study] = {}
-        self.rule = front.front_rule(recipe.search)
+        self.rule = pareto_front.front_rule(recipe.search)
         self._study_dir, self._recipe, self._log, self._storage = study_dir, recipe, log, storage
         self._constraints = constraint_names(recipe.search.constraints)
         self._ids: dict[tuple[Kind, int], int] = {}  # of trainings in the storage
@@ -90,8 +90,8 @@ class Journal:
         """Begins a new trial, with values of the sampler or of the recipe."""
         study = self.studies["trial"]
         with self._log.commit():
-            trial = samplers.ask(study, self._recipe)
-            trial.set_user_attr(attr.NAME, trial_name(trial.number, samplers.draw(study, trial, self._recipe)))
+            trial = optuna_samplers.ask(study, self._recipe)
+            trial.set_user_attr(attr.NAME, trial_name(trial.number, optuna_samplers.draw(study, trial, self._recipe)))
             return self._spec("trial", self._storage.get_trial(trial_id(trial)))
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
@@ -201,7 +201,7 @@ class Journal:
         """Gives the sampler further points of a training that lie in the space."""
         study, trial = self.studies["trial"], self._trial(spec)
         within = trial.distributions["alpha"]
-        for point in front.spread_points(points, alpha):
+        for point in pareto_front.spread_points(points, alpha):
             if not is_within(within, point["alpha"]):
                 continue
             frozen = optuna.trial.create_trial(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import environment
-from carft_ray.data.copies.shared_images import read_shared, shared_counts
+from carft_ray.data.duplicates.shared_images import read_shared, shared_counts
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema.data import TEST_ROLES

@@ -15,7 +15,7 @@ from carft_ray.layout import COMMITS, PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.store.commit import uncollected
 from carft_ray.store.log import Log
 from carft_ray.study import attributes as attr
-from carft_ray.study import front, typed
+from carft_ray.study import pareto_front, typed
 from carft_ray.study.recipe_identity import resume_command
 from carft_ray.study.training import Kind, TrialRow, file_of
 from carft_ray.untrusted import require_plain
@@ -86,7 +86,7 @@ def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
     """Returns the trainings of an Optuna study as rows, those of a Pareto search with their standing."""
     rows = [row_of(kind, trial) for trial in trainings(study)]
     rule = study.user_attrs.get(attr.FRONT) if kind == "trial" else None
-    return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
+    return rows if rule is None else pareto_front.stand(rows, pareto_front.FrontRule(**rule))
 
 
 def predictions_path(study_dir: Path, row: TrialRow | None) -> Path:

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import place
 from carft_ray.study.attributes import OUTCOME, OUTSIDE, REASON, VALUES
-from carft_ray.study.proposals.samplers import distribution
+from carft_ray.study.proposals.optuna_samplers import distribution
 from carft_ray.study.rows import STUDY_NAMES, state_and_values
 from carft_ray.words import counted
 

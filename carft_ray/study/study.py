@@ -37,7 +37,7 @@ from carft_ray.study.best import Retention
 from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
 from carft_ray.study.ledger import fixed_trials
-from carft_ray.study.proposals import pruning, samplers
+from carft_ray.study.proposals import optuna_samplers, pruning
 from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
 from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
@@ -343,7 +343,7 @@ class Study:
     def _wants_more(self) -> bool:
         study = self.journal.studies["trial"]
         more = self.asks and len(trainings(study)) < self.recipe.search.trials
-        return more and not samplers.used_up(study, self.recipe)
+        return more and not optuna_samplers.used_up(study, self.recipe)
 
     def enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""

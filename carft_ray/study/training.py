@@ -75,7 +75,7 @@ class TrialRow(TrialSpec):
         digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
-            front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
+            front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``pareto_front``).
     """
 
     outcome: Outcome

@@ -25,7 +25,7 @@ from carft_ray.data.same_as_study import differences_of, require_same
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import MachineError, RecipeError
-from carft_ray.evaluation.alpha import (
+from carft_ray.evaluation.alpha_curve import (
     At,
     alphas_at_chance,
     choose_point,

@@ -329,7 +329,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     """Returns the numbers of two trainings side by side, in percent, with the paired difference in points.
 
     Args:
-        found: What ``results.compare.compare`` returns.
+        found: What ``results.compare_trainings.compare`` returns.
     """
     lines = []
     for row in found["rows"]:

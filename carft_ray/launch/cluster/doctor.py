@@ -19,8 +19,8 @@ import torch
 from carft_ray import environment
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_names
-from carft_ray.data.copies.find_duplicates import SharedRow, Sources, shared_pairs
-from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
+from carft_ray.data.duplicates.find_duplicates import SharedRow, Sources, shared_pairs
+from carft_ray.data.duplicates.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, records, same_words
 from carft_ray.data.role_checks import check_roles, check_sets

@@ -61,7 +61,7 @@ class Process:
 
     Attributes:
         pid: Its number.
-        started: When it began (``store.owner.process_started``).
+        started: When it began (``store.heartbeat.process_started``).
         node_id: Ray's name of its node; empty without Ray.
         group: Ray's name of the placement group of the workers; empty when there is none.
         nodes: Of each rank: Ray's name of its node, and the node's address; empty until the ranks have met.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.copies.shared_images import read_shared, without_shared
+from carft_ray.data.duplicates.shared_images import read_shared, without_shared
 from carft_ray.launch.cluster.capacity import Capacity, Node, capacity_of
 from carft_ray.launch.workers.file_transfer import StudyFiles
 from carft_ray.launch.workers.mailbox import Box, Mailbox

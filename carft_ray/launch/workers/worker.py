@@ -43,7 +43,7 @@ from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.store import attempt_files
-from carft_ray.store.owner import process_started
+from carft_ray.store.heartbeat import process_started
 from carft_ray.study.training import Failure, TrialSpec
 from carft_ray.training.out_of_memory import free_device, free_host, is_out_of_memory
 from carft_ray.training.run_context import RunContext

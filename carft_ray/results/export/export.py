@@ -28,7 +28,7 @@ import torch
 from carft_ray import __version__
 from carft_ray.environment import outside_ranges
 from carft_ray.errors import Problem, UsageError, require_choice
-from carft_ray.evaluation.alpha import point_at
+from carft_ray.evaluation.alpha_curve import point_at
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer

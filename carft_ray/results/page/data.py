@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from carft_ray import __version__, files
-from carft_ray.data.copies.shared_images import read_shared
+from carft_ray.data.duplicates.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec

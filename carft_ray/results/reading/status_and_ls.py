@@ -14,9 +14,9 @@ from carft_ray.recipe.space import num_trials
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, studies_in
 from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.front import front_of, front_rule, points_of
 from carft_ray.study.holding import stopping
 from carft_ray.study.ledger import check_ledger
+from carft_ray.study.pareto_front import front_of, front_rule, points_of
 from carft_ray.study.place import named
 from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.recipe_identity import read_manifest

@@ -15,8 +15,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.recipe.space import num_trials
 from carft_ray.store.copy import PER_IMAGE, STATE
+from carft_ray.store.heartbeat import SILENT_FOR_S
 from carft_ray.store.log import log_of
-from carft_ray.store.owner import SILENT_FOR_S
 from carft_ray.study.holding import foreign_names, is_study, stopping, unbegun
 from carft_ray.study.place import Place, bring, fetched, fetched_with_log, named
 from carft_ray.study.recipe_identity import require_format, resume_command

@@ -15,7 +15,7 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_words
-from carft_ray.data.copies.shared_images import read_shared, shared_lines, without_shared
+from carft_ray.data.duplicates.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
 from carft_ray.data.same_as_study import images_of, require_same

@@ -21,8 +21,8 @@ import numpy as np
 import scipy  # its modules load when they are first used
 
 from carft_ray import files
-from carft_ray.data.copies.find_duplicates import LEAVES, LIMIT, STAYS, SharedRow, Sources, shared_pairs
 from carft_ray.data.decode_images import small_jpeg
+from carft_ray.data.duplicates.find_duplicates import LEAVES, LIMIT, STAYS, SharedRow, Sources, shared_pairs
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.role_checks import check_roles, may_share
 from carft_ray.data.sets import excluded_ids, plain_place
