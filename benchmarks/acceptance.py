@@ -80,16 +80,15 @@ def random_points(space: Mapping[str, FloatParameter], num_points: int, seed: in
     rng = np.random.default_rng(seed)
     draws = rng.random((num_points, len(space)))
     return [
-        {name: _at(parameter, float(u)) for (name, parameter), u in zip(space.items(), row, strict=True)}
+        {name: value_at(p.low, p.high, p.log, float(u), 3) for (name, p), u in zip(space.items(), row, strict=True)}
         for row in draws
     ]
 
 
-def _at(parameter: FloatParameter, share: float) -> float:
-    """Returns the value at a share of the range, in three digits."""
-    low, high = parameter.low, parameter.high
-    value = low * (high / low) ** share if parameter.log else low + share * (high - low)
-    return float(f"{value:.3g}")
+def value_at(low: float, high: float, log: bool, share: float, digits: int) -> float:
+    """Returns the value at a share of a (log) range, in so many digits."""
+    value = low * (high / low) ** share if log else low + share * (high - low)
+    return float(f"{value:.{digits}g}")
 
 
 def edge_distance(point: Mapping[str, float], space: Mapping[str, FloatParameter]) -> float:

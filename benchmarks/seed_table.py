@@ -19,20 +19,19 @@ killed benchmark continues with the same command.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.stats import qmc
 
+from benchmarks.acceptance import value_at
+from benchmarks.table import correct_bits, write_table
 from benchmarks.trainings import ID_TEST, Clock, Finished, Planned, open_bench, run_all, space_of
-from carft_ray import environment, files
-from carft_ray.errors import CarftError
+from carft_ray import environment
+from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.evaluation.predictions import BoolArray, correct_matrix
+from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.ui import console
@@ -49,42 +48,45 @@ def design(recipe: Recipe, number: int) -> dict[str, dict[str, Any]]:
     space, found = space_of(recipe), {name: dict(values) for name, values in recipe.search.baselines.items()}
     shares = qmc.Sobol(len(space), seed=DESIGN_SEED).random_base2(max(1, (number - 1).bit_length()))
     for index, row in enumerate(shares[: number - len(found)]):
-        parts = zip(space.items(), row, strict=True)
         found[f"point {index}"] = {
-            name: float(f"{p.low * (p.high / p.low) ** x if p.log else p.low + x * (p.high - p.low):.4g}")
-            for (name, p), x in parts
+            name: value_at(part.low, part.high, part.log, float(share), 4)
+            for (name, part), share in zip(space.items(), row, strict=True)
         }
     return found
 
 
 def row_of(name: str, training: Finished, sets: Sequence[str], tests: Sequence[str]) -> dict[str, Any]:
     """Returns a training as a row of the table."""
-    row: dict[str, Any] = {"configuration": name, "seed": 0, **training.planned.values, "diverged": training.diverged}
+    row: dict[str, Any] = {"configuration": name, **training.planned.values, "diverged": training.diverged}
     if training.diverged:
         return row
     result = training.result
-    read = {point["alpha"]: _bits(training.test, point["alpha"], tests) for point in result["curve"] if point["alpha"]}
     return {
         **row,
         **{key: result[key] for key in ("objective", "alpha", "elapsed_s")},
         "curve": [
             {
                 **point,
-                "correct": _bits(training.validation, point["alpha"], sets),
-                "tests": read.get(point["alpha"], b""),
+                "correct": correct_bits(training.validation, point["alpha"], sets),
+                "tests": correct_bits(training.test, point["alpha"], tests) if point["alpha"] else b"",
             }
             for point in result["curve"]
         ],
     }
 
 
-def _bits(table: pa.Table, alpha: float, sets: Sequence[str]) -> bytes:
-    found: list[BoolArray] = [correct_matrix([(table, alpha)], name)[0] for name in sets]
-    return np.packbits(np.concatenate(found)).tobytes()
-
-
 def for_tables(recipe: Recipe) -> Recipe:
-    """Returns a recipe whose test sets are the first images of each, which are for tables."""
+    """Returns a recipe whose test sets are the first images of each, which are for tables.
+
+    Raises:
+        UsageError: A test set has no part that leaves them out.
+    """
+    specs = {"data.id_test": recipe.data.id_test}
+    specs |= {f"data.ood_test.{name}": spec for name, spec in recipe.data.ood_test.items()}
+    rule = "must have a part that leaves the first fifth to tables, as [0.2, 1]"
+    lows = {key: (getattr(spec, "part", None) or (0, 1))[0] for key, spec in specs.items()}
+    if problems := [Problem(key, rule) for key, low in lows.items() if low <= 0]:
+        raise UsageError(problems)
     data = recipe.data.model_copy(
         update={
             "id_test": _first(recipe.data.id_test),
@@ -100,9 +102,8 @@ def _first(spec: Any) -> Any:
     return spec.model_copy(update={"part": (round(low - (high - low) * SHARE / (1 - SHARE), 9), low)})
 
 
-def make(recipe_path: Path, out: Path, table_path: Path, number: int, processes: int) -> None:
+def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: int) -> None:
     """Runs the trainings that are missing, so many at a time with one thread each, and writes the table."""
-    recipe = load_recipe(recipe_path)
     bench = open_bench(for_tables(recipe), out)
     alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
     planned = [
@@ -116,20 +117,15 @@ def make(recipe_path: Path, out: Path, table_path: Path, number: int, processes:
     rows = [row_of(name, training, sets, tests) for (name, _), training in zip(planned, trainings, strict=True)]
     finished = [training for training in trainings if not training.diverged]
     one = finished[0]
-    sizes: Mapping[str, int] = {
-        **{name: one.result["num_images"][name] for name in sets},
-        **{name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests},
-    }
+    num_tests = {name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests}
     words = {
         "recipe": recipe.name,
         "recipe_hash": recipe_hash(recipe),
         "commit": environment.git_state(ROOT)[0] or "",
-        "sets": json.dumps({name: sizes[name] for name in sets}),
-        "tests": json.dumps({name: sizes[name] for name in tests}),
+        "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
+        "tests": json.dumps(num_tests),
     }
-    table = pa.Table.from_pylist(rows).replace_schema_metadata(words)
-    with files.new_file(table_path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    write_table(table_path, rows, words)
     print(f"{len(trainings)} trainings, {len(trainings) - len(finished)} diverged; {table_path}")
 
 
@@ -143,8 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time (%(default)s)")
     given = parser.parse_args(argv)
     try:
-        table = given.table or TABLES / f"{load_recipe(given.recipe).name}-seeds.parquet"
-        make(given.recipe, given.out.resolve(), table, given.configurations, given.processes)
+        recipe = load_recipe(given.recipe)
+        table = given.table or TABLES / f"{recipe.name}-seeds.parquet"
+        make(recipe, given.out.resolve(), table, given.configurations, given.processes)
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

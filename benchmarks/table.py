@@ -15,7 +15,7 @@ killed benchmark continues with the same command.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import qmc
 
+from benchmarks.acceptance import value_at
 from benchmarks.trainings import Clock, Finished, Planned, open_bench, run_all
 from carft_ray import files
 from carft_ray.evaluation.objective import ID_SET
@@ -60,7 +61,7 @@ def _at(name: str, share: float) -> float | int:
     low, high, log = SPACE[name]
     if name == "epochs":
         return int(low + share * (high - low + 1))
-    return float(f"{low * (high / low) ** share if log else low + share * (high - low):.4g}")
+    return value_at(low, high, log, share, 4)
 
 
 def row_of(index: int, training: Finished, sets: Sequence[str]) -> dict[str, Any]:
@@ -82,13 +83,22 @@ def row_of(index: int, training: Finished, sets: Sequence[str]) -> dict[str, Any
             {key: value for key, value in epoch.items() if key in kept or key.startswith("subset/")}
             for epoch in metrics
         ],
-        "curve": [{**point, "correct": _bits(training, point["alpha"], sets)} for point in result["curve"]],
+        "curve": [
+            {**point, "correct": correct_bits(training.validation, point["alpha"], sets)} for point in result["curve"]
+        ],
     }
 
 
-def _bits(training: Finished, alpha: float, sets: Sequence[str]) -> bytes:
-    table = training.validation
-    return np.packbits(np.concatenate([correct_matrix([(table, alpha)], name)[0] for name in sets])).tobytes()
+def correct_bits(predictions: pa.Table, alpha: float, sets: Sequence[str]) -> bytes:
+    """Returns which images a training answers right at an alpha, a bit each, set after set."""
+    return np.packbits(np.concatenate([correct_matrix([(predictions, alpha)], name)[0] for name in sets])).tobytes()
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> None:
+    """Writes rows as a Parquet file, with words as the metadata of its schema."""
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(words)
+    with files.new_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def make(out: Path, table_path: Path = TABLE, num_points: int = NUM_POINTS, processes: int = 2) -> None:
@@ -107,12 +117,8 @@ def make(out: Path, table_path: Path = TABLE, num_points: int = NUM_POINTS, proc
         "train": recipe.train.model_dump_json(),
         "space": json.dumps(SPACE),
     }
-    table = pa.Table.from_pylist(
-        [row_of(index, training, sets) for (index, _), training in zip(points, trainings, strict=True)]
-    )
-    table = table.replace_schema_metadata(words)
-    with files.new_file(table_path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    rows = [row_of(index, training, sets) for (index, _), training in zip(points, trainings, strict=True)]
+    write_table(table_path, rows, words)
     finished = [training for training in trainings if not training.diverged]
     best = max(finished, key=lambda training: float(training.result["objective"]))
     print(

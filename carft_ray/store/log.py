@@ -183,7 +183,7 @@ class Log(BaseJournalBackend):
     def lasted(self, number: int) -> float:
         """Returns for how many seconds the process that has made a commit went on to make others.
 
-        From one to the next at most ``heartbeat.SILENT_FOR_S`` counts: a clock may jump, a machine may sleep.
+        From one to the next, 0 to ``heartbeat.SILENT_FOR_S`` count: a clock may jump, a machine may sleep.
         """
         last = next((claim - 1 for claim in self._claims if claim > number), self.number)
         return self._times[last][1] - self._times[min(number, last)][1]

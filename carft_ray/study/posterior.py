@@ -85,8 +85,8 @@ class Posterior:
 
     def draws(self, measures: IntArray, number: int, rng: np.random.Generator) -> FloatArray:
         """Returns draws of one expected measure of each values together, [number, G]."""
-        cov = self.cov * self.scale[np.ix_(measures, measures)]
-        found: FloatArray = self._means(measures) + rng.standard_normal((number, len(cov))) @ _root(cov).T
+        means, cov = self._of(measures)
+        found: FloatArray = means + rng.standard_normal((number, len(cov))) @ _root(cov).T
         return found
 
     def gain(self, measures: IntArray, tried: BoolArray, number: int) -> float:
@@ -100,9 +100,8 @@ class Posterior:
             tried: Whether values have a training, [G]; the others are places where the next ones may be.
             number: Of trainings.
         """
-        rng, means = np.random.default_rng(0), self._means(measures)
-        scale = self.scale[np.ix_(measures, measures)]
-        cov, noise = self.cov * scale, (1 + self.tau) * np.diag(scale)
+        rng, (means, cov) = np.random.default_rng(0), self._of(measures)
+        noise = (1 + self.tau) * self.scale[measures, measures]
         next_ones = self.draws(measures, number, rng).argmax(axis=1)
         seen = cov[np.ix_(next_ones, next_ones)] + np.diag(noise[next_ones])
         move = scipy.linalg.solve(_root(seen), cov[next_ones]).T  # [G, number]
@@ -111,8 +110,10 @@ class Posterior:
         after = means + rng.standard_normal((NUM_DRAWS, number)) @ move.T
         return max(0.0, float(after[:, counts].max(axis=1).mean() - means[tried].max()))
 
-    def _means(self, measures: IntArray) -> FloatArray:
-        return np.asarray(self.mean[np.arange(len(measures)), measures])
+    def _of(self, measures: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Returns mean and covariance of one expected measure of each values, [G] and [G, G]."""
+        cov = self.cov * self.scale[np.ix_(measures, measures)]
+        return np.asarray(self.mean[np.arange(len(measures)), measures]), np.asarray(cov)
 
 
 def _root(cov: FloatArray) -> FloatArray:
@@ -149,14 +150,15 @@ def posterior(
     theta = theta if uses_space else alone
     kernel = _prior(points, theta)[0]
     cov = _covariance(kernel, values, seeds, theta)
-    rest, cross = measured - measured[used].mean(axis=0), kernel[:, values]
+    centre = measured[used].mean(axis=0)
+    rest, cross = measured - centre, kernel[:, values]
     factor = scipy.linalg.cho_factor(cov)
     good, inner = rest[used], scipy.linalg.cho_factor(cov[np.ix_(used, used)])
     means = len({int(each) if np.isnan(points[each]).any() else -1 for each in values[used]})
     dof = NOISE_DOF + max(0, len(used) - means)
     scale = good.T @ scipy.linalg.cho_solve(inner, good) + NOISE_DOF * NOISE**2 * np.eye(len(rest.T))
     return Posterior(
-        mean=measured[used].mean(axis=0) + cross @ scipy.linalg.cho_solve(factor, rest),
+        mean=centre + cross @ scipy.linalg.cho_solve(factor, rest),
         cov=kernel - cross @ scipy.linalg.cho_solve(factor, cross.T),
         scale=scale / dof,
         dof=dof,
