@@ -1,8 +1,8 @@
 """carft-ray: Ray-distributed hyperparameter search for CAR-FT (context-aware robust fine-tuning of CLIP).
 
-``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.api.actions`` and ``trained``;
-``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. To import the package loads
-nothing heavy.
+``carft_ray.search`` and its like do what the commands of these names do, see ``actions``, ``answers`` and ``trained``
+in ``carft_ray.api``; ``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. To import the
+package loads nothing heavy.
 """
 
 import importlib
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from carft_ray import errors as errors
 
 if TYPE_CHECKING:
-    from carft_ray.api.actions import confirm, report, resume, search, train
+    from carft_ray.api.actions import confirm, resume, search, train
+    from carft_ray.api.answers import report
     from carft_ray.api.checks import load_recipe
     from carft_ray.api.studies import Study, open_study
     from carft_ray.api.trained import evaluate, export, predict
@@ -31,7 +32,7 @@ __all__ = [
     "search",
     "train",
 ]
-_MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks"}
+_MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks", "report": "answers"}
 _MODULES |= dict.fromkeys(("evaluate", "export", "predict"), "trained")  # all others: actions
 
 

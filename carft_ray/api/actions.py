@@ -1,4 +1,4 @@
-"""The commands `search`, `resume`, `confirm`, `train` and `report` as functions; ``api.trained`` has the others.
+"""The commands `search`, `resume`, `confirm` and `train` as functions; others: ``api.trained`` and ``api.answers``.
 
 The command line calls them: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
 
@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carft_ray.api.answers import Answer, Report, Searched
+from carft_ray.api.answers import Answer, Searched
 from carft_ray.api.checks import (
     Overrides,
     RecipeLike,
@@ -371,18 +371,3 @@ def train(
     line = "Validation sets; alpha was chosen on them. Intervals: over images."
     numbers = {"folder": named(out), "zero_shot": zero_shot, **result}
     return Answer(value.name, numbers, (console.accuracy_table(rows, result["num_images"]),), (line,))
-
-
-def report(study: str | Path) -> Report:
-    """Returns what the best trial of a study is worth: corrected for selection bias, and against the baselines.
-
-    Reads no test set, writes nothing, and loads neither torch nor Ray; a search may be running.
-
-    Args:
-        study: The study directory, or the address of one in a bucket.
-
-    Raises:
-        UsageError: It is not a study.
-        RecipeError, StorageError: It is damaged, or its bucket cannot be read.
-    """
-    return Report(study_view.read_study(study))

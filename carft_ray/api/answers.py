@@ -12,7 +12,7 @@ from carft_ray import files
 from carft_ray.api.studies import Study, rows_table
 from carft_ray.errors import CarftError, DataError, Problem, require_choice
 from carft_ray.layout import PAGE
-from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.study.training import TrialRow
 from carft_ray.ui import console, notebook
 
@@ -210,3 +210,18 @@ class Report:
             return notebook.framed(self.html)
         except CarftError as error:  # as above
             return notebook.as_html(str(error))
+
+
+def report(study: str | Path) -> Report:
+    """Returns what the best trial of a study is worth: corrected for selection bias, and against the baselines.
+
+    Reads no test set, writes nothing, and loads neither torch nor Ray; a search may be running.
+
+    Args:
+        study: The study directory, or the address of one in a bucket.
+
+    Raises:
+        UsageError: It is not a study.
+        RecipeError, StorageError: It is damaged, or its bucket cannot be read.
+    """
+    return Report(read_study(study))

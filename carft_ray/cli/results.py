@@ -104,7 +104,7 @@ def report(
     json_: common.JsonOption = False,
 ) -> None:
     """Show what the best trial is worth: corrected for selection bias, and against the baselines. Reads no test set."""
-    from carft_ray.api import actions
+    from carft_ray.api import answers
     from carft_ray.files import is_address
 
     first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
@@ -118,7 +118,7 @@ def report(
         raise UsageError(Problem("--out", "needs --html or --card"))
     if html and out is None and is_address(study):
         raise UsageError(Problem("--html", "needs --out if the study is in a bucket"))
-    found = actions.report(study)
+    found = answers.report(study)
     if card is not None:
         text = found.card(card, "--card")
         if out is None:

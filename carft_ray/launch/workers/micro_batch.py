@@ -24,8 +24,8 @@ from carft_ray.training.out_of_memory import micro_batch_of
 MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay", "teacher")
 
 
-def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> Recipe:
-    """Returns the recipe with the micro-batch that was found to fit on this process's device, if it is smaller.
+def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> int | None:
+    """Returns the micro-batch that was found to fit on this process's device; None if the recipe's own is no larger.
 
     Args:
         recipe: Of a training, with its values.
@@ -34,8 +34,8 @@ def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> Recipe:
     """
     found = fits.get(_key(recipe))
     if found is None or found >= micro_batch_of(recipe.train, num_workers):
-        return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
+        return None
+    return found
 
 
 def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], attempt: int) -> Failure:

@@ -41,7 +41,7 @@ from carft_ray.launch.workers.node_files import Delivery, sees, training_at_hand
 from carft_ray.launch.workers.runtime import Fill, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.loading import apply
-from carft_ray.recipe.schema.recipe import alone
+from carft_ray.recipe.schema.recipe import alone, with_keys
 from carft_ray.store import attempt_files
 from carft_ray.store.heartbeat import process_started
 from carft_ray.study.training import Failure, TrialSpec
@@ -192,7 +192,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
                 start += f" from {attempt_files.progress_words(folder)}" if spec.attempt > 1 else ""
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
-            recipe = fitted(recipe, spec.fits, context.world_size)
+            if (fits := fitted(recipe, spec.fits, context.world_size)) is not None:
+                recipe = with_keys(recipe, train={"micro_batch": fits})
             take_gpu(runtime, context)
             context = replace(context, references=spec.references)
             with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:

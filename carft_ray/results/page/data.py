@@ -31,7 +31,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.adviser import findings
-from carft_ray.results.reading.status_and_ls import listing, status
+from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import read_compared
@@ -69,7 +69,6 @@ def page_document(view: Overview) -> dict[str, Any]:
         StorageError, DataError: Stored results are missing, damaged or of different images.
     """
     recipe, best, study_dir = view.recipe, view.best, view.study_dir
-    rows = listing(view, by_objective=False)
     provenance = provenance_of(view.log)
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
@@ -91,8 +90,8 @@ def page_document(view: Overview) -> dict[str, Any]:
         "report": None if best is None else study_report(view),
         "confirm": read_compared(study_dir, CONFIRM),
         "test": read_compared(study_dir, TEST_DIR),
-        "baselines": rows["baselines"],
-        "trials": rows["trials"],
+        "baselines": [view.data(row) for row in view.baselines],
+        "trials": [view.data(row) for row in view.trials],
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
         "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
         "curves": _curves(view),
