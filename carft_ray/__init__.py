@@ -1,8 +1,8 @@
 """carft-ray: Ray-distributed hyperparameter search for CAR-FT (context-aware robust fine-tuning of CLIP).
 
 ``carft_ray.search`` and its like do what the commands of these names do, see ``actions``, ``answers`` and ``trained``
-in ``carft_ray.api``; ``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. To import the
-package loads nothing heavy.
+in ``carft_ray.api``; ``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. Importing
+the package loads nothing heavy.
 """
 
 import importlib

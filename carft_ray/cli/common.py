@@ -23,31 +23,25 @@ KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers"
 KEYS |= {"method": "method"}  # several keys at once (``recipe.methods``)
 TRAIN = ("resume", "confirm")  # commands that a study suggests and that take --address
 
-RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
-StudyArgument = Annotated[
-    str, Argument(help="The study directory, or its address, s3://BUCKET/STUDY.", show_default=False)
-]
-TrainedArgument = Annotated[str, Argument(help="Folder or address of a training or a study.", show_default=False)]
+RecipeArgument = Annotated[Path, Argument(help="Recipe (YAML).", show_default=False)]
+StudyArgument = Annotated[str, Argument(help="Folder or s3://BUCKET/STUDY.", show_default=False)]
+TrainedArgument = Annotated[str, Argument(help="Training or study: folder or address.", show_default=False)]
 SetOption = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a recipe key; repeatable.")]
-MethodOption = Annotated[str | None, Option(metavar="NAME", help="Set the keys of one method (init --list).")]
-JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
+MethodOption = Annotated[str | None, Option(metavar="NAME", help="Use a method (init --list).")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-ExecutorOption = Annotated[
-    str | None, Option(help="How trainings run: auto, inline, ray-train, or debug (without Ray).")
-]
-WorkersOption = Annotated[int | None, Option(min=1, help="Processes that share one training; usually one per GPU.")]
-AddressOption = Annotated[str | None, Option(help="Address of a running Ray cluster; default: a local Ray.")]
+ExecutorOption = Annotated[str | None, Option(help="auto, inline, ray-train, or debug (without Ray).")]
+WorkersOption = Annotated[int | None, Option(min=1, help="Processes per training; usually one per GPU.")]
+AddressOption = Annotated[str | None, Option(help="Ray cluster; default: a local Ray.")]
 DashboardOption = Annotated[
     str | None,
     Option("--address", metavar="URL", help="Dashboard of the cluster.", show_default="http://127.0.0.1:8265"),
 ]
-NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Webhook to notify of results, failures, the end.")]
-TrustOption = Annotated[bool, Option("--trust", help="Run the user's code that the recipe names in train.function.")]
-TrustPathsOption = Annotated[
-    bool, Option("--trust-paths", help="Read files on this machine that another machine's study names.")
-]
+NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Webhook for results, failures, the end.")]
+TrustOption = Annotated[bool, Option("--trust", help="Run the code of train.function.")]
+TrustPathsOption = Annotated[bool, Option("--trust-paths", help="Read local files that another machine's study names.")]
 AlphaOption = Annotated[
-    float | None, Option(min=0, max=1, help="Share of the fine-tuned weights; default: the alpha chosen in training.")
+    float | None, Option(min=0, max=1, help="Share of the fine-tuned weights; default: as chosen in training.")
 ]
 TrialOption = Annotated[str | None, Option(help="Trial (7, t0007) or name of a baseline; default: the best trial.")]
 ExportedOption = Annotated[

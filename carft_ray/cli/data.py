@@ -23,7 +23,7 @@ CacheOption = Annotated[
 
 @command("data ls", to=data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
-    """List the image sets and class heads in the cache: size, when built, when last used. Writes nothing."""
+    """List the image sets and class heads in the cache: size, when built and last used. Writes nothing."""
     from carft_ray.data.cache import list_entries, notes
 
     folder = _folder(cache)
@@ -95,12 +95,8 @@ def data_add(
 
 @command("data clean --older-than 30d", to=data_app, reads=True)
 def data_clean(
-    all_: Annotated[
-        bool, Option("--all", help="Remove everything, also the stored hashes and thumbnails of images.")
-    ] = False,
-    older_than: Annotated[
-        str | None, Option(metavar="TIME", help="Remove entries that were not used for 12h, 30d, ...")
-    ] = None,
+    all_: Annotated[bool, Option("--all", help="Remove everything, also hashes and thumbnails of images.")] = False,
+    older_than: Annotated[str | None, Option(metavar="TIME", help="Remove entries not used for 12h, 30d, ...")] = None,
     to_gb: Annotated[
         float | None, Option(min=0, metavar="GB", help="Keep the most recently used entries, up to this size.")
     ] = None,
@@ -184,7 +180,7 @@ def sandbox_images(
     to: Annotated[Path, Option(help="Folder of the images; must be new or empty.")],
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the sandbox, the built-in synthetic images, as PNG files: domain/class/number.png."""
+    """Write the sandbox, the built-in synthetic images, as PNG files."""
     from carft_ray.data.sandbox import export_images
     from carft_ray.ui.progress import counting
 

@@ -22,24 +22,22 @@ def doctor(
     recipe: common.RecipeArgument,
     method: common.MethodOption = None,
     set_: common.SetOption = None,
-    images: Annotated[
-        int | None, Option(min=1, help="Images per set for the zero-shot accuracy; default: 200.")
-    ] = None,
-    quick: Annotated[bool, Option("--quick", help="Open no image: check only lists, model and prompts.")] = False,
+    images: Annotated[int | None, Option(min=1, help="Images per set for zero-shot accuracy; default: 200.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Check only lists, model and prompts.")] = False,
     pairs: Annotated[
-        Path | None, Option(metavar="FILE", help="File of image pairs that two roles share: .csv or .html.")
+        Path | None, Option(metavar="FILE", help="Write the image pairs that two roles share: .csv or .html.")
     ] = None,
     memory_gb: Annotated[
-        float | None, Option(min=1, help="Memory of a GPU, to suggest a micro-batch; default: this machine's GPU.")
+        float | None, Option(min=1, help="GPU memory, to suggest a micro-batch; default: this machine's.")
     ] = None,
     address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Check data, prompts, model and machine before training. No model sees a test set.
 
-    Reads every image once, but none with --quick. Exit code 4 means that a search
-    would fail or its results would be invalid. With --address, it also checks each
-    node; exit code 5 names the nodes on which trials would fail, and what to do.
+    Reads every image once, but none with --quick. Exit code 4: a search would fail
+    or its results would be invalid. Exit code 5, with --address: trials would fail
+    on the named nodes.
     """
     if address is not None and address.startswith(("http://", "https://")):
         rule = "must be HOST:PORT or auto: nodes can be checked only from a machine of the cluster"

@@ -20,11 +20,11 @@ from carft_ray.words import counted, times
 @command("status studies/quickstart", common.READING, reads=True)
 def status(
     study: common.StudyArgument,
-    watch: Annotated[bool, Option("--watch", help="Repeat until the search ends or you press Ctrl-C.")] = False,
-    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="Time between two reads of --watch.")] = 2,
+    watch: Annotated[bool, Option("--watch", help="Repeat until the search ends.")] = False,
+    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="Time between reads of --watch.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show the progress of a study: counts, best trial, running trials, budget. Writes nothing."""
+    """Show a study's counts, best trial, running trials, budget. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.store.copy import STATE
 
@@ -122,14 +122,14 @@ def _watch(study: str, every_s: float) -> bool:
 
 
 ORDERS = ("objective", "number")
-PLACE = "A study (folder or address), or a folder of studies."
+PLACE = "A study, or a folder of studies."
 
 
 @command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
     place: Annotated[str, Argument(metavar="PLACE", help=PLACE, show_default=False)],
     sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
-    limit: Annotated[int | None, Option(min=1, help="Show at most this many trials.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Largest number of trials.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """List the trials of a study, or the studies in a folder. Writes nothing."""
@@ -171,7 +171,7 @@ def logs(
     follow: Annotated[bool, Option("--follow", "-f", help="Print new lines until its training ends.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Print the log of one trial: the start of each attempt, and the traceback of each failure."""
+    """Print the log of a trial: starts of attempts, tracebacks of failures."""
     from carft_ray.results.reading import study_view
     from carft_ray.store.copy import STATE
     from carft_ray.study.place import bring
@@ -206,7 +206,7 @@ def dashboard(
     study: common.StudyArgument,
     port: Annotated[int, Option(min=0, max=65535, help="Port on this machine; 0: a free one.")] = 8080,
 ) -> None:
-    """Show a study in the browser with optuna-dashboard. It follows a running search and writes nothing.
+    """Show a study in the browser with optuna-dashboard. Follows a running search, writes nothing.
 
     Only this machine can see it. Ctrl-C ends it.
     """

@@ -25,24 +25,18 @@ DomainsOption = list[str] | None
 
 @command("init --from my_images --to my_recipe.yaml --train photo", common.ONE_TRAINING, reads=True)
 def init(
-    from_: Annotated[Path | None, Option("--from", help="Folder of images to write a recipe for.")] = None,
-    preset: Annotated[str | None, Option(help="Name of a recipe that ships with carft-ray.")] = None,
+    from_: Annotated[Path | None, Option("--from", help="Folder of images.")] = None,
+    preset: Annotated[str | None, Option(help="Recipe that ships with carft-ray.")] = None,
     to: Annotated[Path | None, Option(help="File to write; default: print the recipe.")] = None,
     list_: Annotated[bool, Option("--list", help="List the presets and the methods.")] = False,
     model: Annotated[str, Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
-    pretrained: Annotated[
-        str | None, Option(help="Its weights: a tag or a file; the default model uses openai.")
-    ] = None,
+    pretrained: Annotated[str | None, Option(help="Its weights: tag or file; the default model uses openai.")] = None,
     train: Annotated[str | None, Option(help="Training domain; default: the largest.")] = None,
     ood_val: Annotated[
-        DomainsOption, Option(help="OOD validation domain (repeatable; default: half of the remaining ones).")
+        DomainsOption, Option(help="OOD validation domain (repeatable; default: half of the rest).")
     ] = None,
-    ood_test: Annotated[
-        DomainsOption, Option(help="OOD test domain (repeatable; default: the remaining ones).")
-    ] = None,
-    hold_out: Annotated[
-        str | None, Option(help="Held-out test domain, for a preset that trains on all other domains.")
-    ] = None,
+    ood_test: Annotated[DomainsOption, Option(help="OOD test domain (repeatable; default: the rest).")] = None,
+    hold_out: Annotated[str | None, Option(help="Test domain, for a preset that trains on all others.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe for your images (--from), or copy one that ships with carft-ray (--preset)."""
@@ -115,7 +109,7 @@ def init(
 
 @command("schema", common.ONE_TRAINING, reads=True)
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors; init writes it next to each recipe."""
+    """Print the JSON schema of a recipe, for editors."""
     from carft_ray.recipe.presets import schema_text
 
     typer.echo(schema_text(), nl=False)
@@ -171,7 +165,7 @@ def validate(
     method: common.MethodOption = None,
     set_: common.SetOption = None,
     show: Annotated[bool, Option("--show", help="Print the complete resolved recipe.")] = False,
-    deep: Annotated[bool, Option("--deep", help="Read all images, to check that no two roles share one.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Read all images, to find those in two roles.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Check a recipe and its folders. Without --deep, it opens no image and no model."""

@@ -15,13 +15,13 @@ from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
-WINNER = "search: the best of the search. confirmed: the best on fresh seeds, measured again on other seeds."
+WINNER = "search: the best of the search. confirmed: the best on fresh seeds, measured on other seeds."
 
 
 @command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)
 def confirm(
     study: common.StudyArgument,
-    top: Annotated[int, Option(min=1, help="How many of the best trials to train again.")] = 3,
+    top: Annotated[int, Option(min=1, help="Number of best trials.")] = 3,
     seeds: Annotated[
         int, Option(min=2, help="Fresh seeds per trial; 5 for a publication. A later call can add seeds.")
     ] = 3,
@@ -29,17 +29,14 @@ def confirm(
     against: Annotated[
         list[str] | None, Option(help="Study whose winner becomes another baseline; repeatable.")
     ] = None,
-    no_ablation: Annotated[
-        bool, Option("--no-ablation", help="Do not train the winner's values without penalties.")
-    ] = False,
+    no_ablation: Annotated[bool, Option("--no-ablation", help="Do not train the winner without penalties.")] = False,
     notify_url: common.NotifyUrlOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
     """Train the best trials and the baselines again with fresh seeds, to see what the winner is worth.
 
-    The best of many trials looks better than it is. After an interruption, the same
-    command continues.
+    After an interruption, the same command continues.
     """
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
     again, chosen_anew = (
@@ -96,8 +93,8 @@ def evaluate_test_sets(
 def report(
     study: common.StudyArgument,
     html: Annotated[bool, Option("--html", help="Write one HTML page: figures, tables, all trials.")] = False,
-    card: Annotated[str | None, Option(metavar="text|latex", help="Print only the verdict, in five lines.")] = None,
-    tables: Annotated[Path | None, Option(metavar="DIR", help="Write only the tables, as CSV, to this folder.")] = None,
+    card: Annotated[str | None, Option(metavar="text|latex", help="Print only the verdict: five lines.")] = None,
+    tables: Annotated[Path | None, Option(metavar="DIR", help="Write only the tables, as CSV.")] = None,
     out: Annotated[
         Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or of --card.")
     ] = None,
@@ -186,7 +183,7 @@ def rescore(
     console.next_step(*steps)
 
 
-TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; default: the best."
+TRIAL = "Trial (7, t0007), name of a baseline, or confirm/NAME; default: the best."
 
 
 @command("reproduce studies/quickstart t0003", common.TRUST)
@@ -194,13 +191,13 @@ def reproduce(
     folder: common.TrainedArgument,
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[
-        Path | None, Option(help="New or empty folder to keep the new training in; default: it is removed.")
+        Path | None, Option(help="New or empty folder for the new training; default: it is removed.")
     ] = None,
     trust: common.TrustOption = False,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Repeat a training as recorded in its study, and check whether all its numbers are the same."""
+    """Repeat a training as its study records it, and check that all numbers are the same."""
     from carft_ray.results.reading.finished import open_finished
     from carft_ray.study.trust import require_written
     from carft_ray.ui.progress import training_shown
@@ -237,13 +234,13 @@ def reproduce(
     console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))
 
 
-TARGET = "DIR (the best trial of a study, or the training of `train`) or DIR:TRIAL; DIR may be an address."
+TARGET = "DIR (best trial of a study, or the training of `train`) or DIR:TRIAL; DIR may be an address."
 
 
 @command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)
 def compare(
     a: Annotated[str, Argument(metavar="A", help=TARGET, show_default=False)],
-    b: Annotated[str, Argument(metavar="B", help=TARGET, show_default=False)],
+    b: Annotated[str, Argument(metavar="B", help="Like A.", show_default=False)],
     json_: common.JsonOption = False,
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""

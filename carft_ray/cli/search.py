@@ -26,19 +26,15 @@ from carft_ray.errors import Problem, RecipeError, UsageError
 class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
-    change_space: Annotated[bool, Option("--change-space", help="Continue the study with a changed search space.")] = (
-        False
-    )
-    warm_start: Annotated[
-        list[str] | None, Option(metavar="STUDY", help="Start from the trials of this study; repeatable.")
-    ] = None
+    change_space: Annotated[bool, Option("--change-space", help="Continue with a changed search space.")] = False
+    warm_start: Annotated[list[str] | None, Option(metavar="STUDY", help="Start from its trials; repeatable.")] = None
     wall_time: Annotated[
         str | None, Option(metavar="TIME", help="Stop after 45m, 8h, ...; the same command resumes.")
     ] = None
     notify_url: common.NotifyUrlOption = None
     again: Annotated[
         str | None,
-        Option(metavar="REASON", help="Reason to train after the test sets were read; reports show it."),
+        Option(metavar="REASON", help="Why you train after reading test sets; reports show it."),
     ] = None
 
 
@@ -79,12 +75,12 @@ def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None
 @command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
 def search(
     recipe: common.RecipeArgument,
-    study: Annotated[str, Option(help="Study directory, or s3://BUCKET/STUDY; an existing one is resumed.")],
+    study: Annotated[str, Option(help="Folder or s3://BUCKET/STUDY; an existing study is resumed.")],
     method: common.MethodOption = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
-    """Search for the best hyperparameters. Run the same command again to resume."""
+    """Search for the best hyperparameters. The same command resumes."""
     from carft_ray.api import actions
 
     _search(functools.partial(actions.search, recipe, study), study, set_, method=method, **shared)
@@ -101,8 +97,8 @@ def resume(
 ) -> None:
     """Resume or extend a study, with the recipe of its last search.
 
-    You can change trials, budget, resources and sampler, and the search space
-    with --change-space.
+    You can change trials, budget, resources, sampler and, with --change-space,
+    the search space.
     """
     from carft_ray.api import actions
 
@@ -112,10 +108,10 @@ def resume(
 @command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
     study: common.TrainedArgument,
-    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait until the trainings have stopped.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait for the trainings to stop.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Stop a running search or training, as Ctrl-C does. It writes checkpoints first, so that it can be resumed."""
+    """Stop a search or training, as Ctrl-C does. It first writes checkpoints to resume from."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space import num_trials
     from carft_ray.results.reading import study_view
@@ -147,24 +143,20 @@ def stop(
 @command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[
-        str | None, Option(help="Directory of the future study; the short trainings run next to it.")
-    ] = None,
+    study: Annotated[str | None, Option(help="Folder of the future study; the short trainings run next to it.")] = None,
     method: common.MethodOption = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
-    price_per_gpu_hour: Annotated[
-        float | None, Option(min=0, help="Price of one GPU, for the cost of the search.")
-    ] = None,
+    price_per_gpu_hour: Annotated[float | None, Option(min=0, help="Price of one GPU.")] = None,
     price_per_hour: Annotated[float | None, Option(min=0, help="Price of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Estimate a search from short trainings: trials at the same time, duration, GPU hours, disk space, cost.
+    """Estimate a search from short trainings: trials at a time, duration, GPU hours, disk space, cost.
 
-    Runs as many short trainings at a time as the search will; this takes a
-    minute in the sandbox. Keeps only the decoded images, in the cache.
+    Runs as many at a time as the search will; a minute in the sandbox. Keeps
+    only the decoded images, in the cache.
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure
     from carft_ray.recipe.loading import own_functions

@@ -29,11 +29,11 @@ BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 
 @command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
 def submit(
-    recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
-    study: Annotated[str | None, Option(help="Study directory on the head, or s3://BUCKET/STUDY.")] = None,
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML).", show_default=False)] = None,
+    study: Annotated[str | None, Option(help="Folder on the head, or s3://BUCKET/STUDY.")] = None,
     address: common.DashboardOption = None,
     resume: Annotated[str | None, Option(metavar="STUDY", help="Resume a study with its own recipe.")] = None,
-    trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: same as in `resume`.")] = None,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: as in `resume`.")] = None,
     attach: Annotated[str | None, Option(metavar="JOB|STUDY", help="Follow a submitted job.")] = None,
     installed: Annotated[bool, Option("--installed", help="Run the cluster's carft-ray instead of this one.")] = False,
     send: Annotated[
@@ -42,20 +42,17 @@ def submit(
     env: Annotated[
         list[str] | None, Option(metavar="NAME", help="Pass this variable to the job, such as HF_TOKEN; repeatable.")
     ] = None,
-    no_wait: Annotated[bool, Option("--no-wait", help="Submit, and do not follow the log.")] = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Print everything that would be sent, and send nothing.")
-    ] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not follow the log.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
     method: common.MethodOption = None,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
-    """Run a search on a Ray cluster and follow its log. Run the same command again to follow or resume it.
+    """Run a search on a Ray cluster and follow its log. The same command follows or resumes it.
 
-    Sends the recipe, the lists that it names and carft-ray's code. Images and
-    weights must be on disks that all nodes see under the same paths as here. The
-    study is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
+    Sends the recipe, the lists that it names and carft-ray's code. All nodes must
+    see images and weights under the same paths as here. Ctrl-C leaves the job running.
     """
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "needs exactly one of: a recipe, --resume, --attach"))

@@ -24,7 +24,7 @@ def train(
     out: Annotated[str, Option(help="Folder of the training, or s3://BUCKET/NAME.")],
     method: common.MethodOption = None,
     set_: common.SetOption = None,
-    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint.")] = False,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
@@ -57,11 +57,11 @@ def evaluate(
     folder: common.TrainedArgument,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
-    head: Annotated[str, Option(help="Class head: fine_tuned, or zero_shot (from the prompts).")] = "fine_tuned",
+    head: Annotated[str, Option(help="fine_tuned, or zero_shot (from the prompts).")] = "fine_tuned",
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Measure a trained model on id_val and ood_val again, at any alpha."""
+    """Measure a trained model on id_val and ood_val, at any alpha."""
     from carft_ray.api import trained
     from carft_ray.results.adviser import export_folder
 
@@ -79,7 +79,7 @@ def evaluate(
 @command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
 def export(
     folder: common.TrainedArgument,
-    to: Annotated[Path, Option(help="Folder of the export; must be new or empty.")],
+    to: Annotated[Path, Option(help="Folder of the export; new or empty.")],
     format_: Annotated[
         list[str] | None,
         Option("--format", metavar="NAME", help="open_clip (default), huggingface, onnx; several: open_clip,onnx."),
@@ -89,10 +89,7 @@ def export(
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the tested model, or the best one so far, for open_clip, transformers or onnxruntime.
-
-    The library then loads it, as a check.
-    """
+    """Write the tested or best model for open_clip, transformers or onnxruntime, and check that it loads."""
     from carft_ray.api import trained
 
     exported = trained.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
@@ -113,25 +110,23 @@ IMAGES = "Folder with images at any depth, image files, or a table: CSV, Parquet
 def predict(
     export: Annotated[Path, Argument(metavar="EXPORT", help="Folder that `export` has written.", show_default=False)],
     images: Annotated[list[Path], Argument(metavar="IMAGES...", help=IMAGES, show_default=False)],
-    to: Annotated[
-        Path | None, Option(metavar="FILE", help="Write to FILE: .csv, .parquet or .jsonl; default: print CSV.")
-    ] = None,
-    top: Annotated[int, Option(min=1, metavar="K", help="Rows per image: its K most probable classes.")] = 1,
+    to: Annotated[Path | None, Option(metavar="FILE", help=".csv, .parquet or .jsonl; default: print CSV.")] = None,
+    top: Annotated[int, Option(min=1, metavar="K", help="The K most probable classes, a row each.")] = 1,
     image: Annotated[
-        str | None, Option(metavar="COLUMN", help="Column of a table with paths or bytes; default: as in a recipe.")
+        str | None, Option(metavar="COLUMN", help="Column with paths or bytes; default: as in a recipe.")
     ] = None,
     id_: Annotated[
-        str | None, Option("--id", metavar="COLUMN", help="Column with the names of the images; default: their paths.")
+        str | None, Option("--id", metavar="COLUMN", help="Column with names of images; default: their paths.")
     ] = None,
     root: Annotated[
-        Path | None, Option(metavar="DIR", help="Folder of the paths in a table; default: that of the table.")
+        Path | None, Option(metavar="DIR", help="Folder of the paths in a table; default: its own.")
     ] = None,
     max_pixels: Annotated[int, Option(min=1, max=PILLOWS_LIMIT, help="Largest size of an image.")] = MAX_PIXELS,
     json_: common.JsonOption = False,
 ) -> None:
     """Classify images with an export: file, class and probability of each.
 
-    An image that cannot be read is named, and has no row; the exit code is then 4.
+    An unreadable image is named and has no row; the exit code is then 4.
     """
     if json_ and to is None:
         raise UsageError(Problem("--json", "needs --to: without it, the answers are printed"))

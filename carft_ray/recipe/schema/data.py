@@ -124,18 +124,16 @@ class StoredSet(Config):
     """`[from, to)`: the images whose fraction, a hash of the sample id, is in this interval; disjoint parts of one set
     share no image, so `id_val` can be cut from the images of `train`"""
     shots: PositiveInt | None = key(None, 16, IMAGES)
-    """images per class, drawn from the part; a smaller number of shots is a subset of a larger one"""
+    """images per class, drawn from the part; fewer shots are a subset of more"""
     shots_seed: Seed = key(0, 1, IMAGES)
     """seed of the draw of shots"""
     classes: Literal["all", "some"] = key(
         "all", "some", Resume("identity", "the classes among which images are classified")
     )
-    """`all`: the set has every class of the class list; `some`: it has some of them, and its images are classified
-    among those only"""
+    """`all`: the set has every class of the class list; `some`: some of them, among which its images are classified"""
     on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
-    """for an image that cannot be decoded: `fail` stops with an error that names it; `skip` leaves it out: a warning
-    names the first one of a set and says where all are named, and the study records their number (every image is
-    decoded once to find them)"""
+    """for an image that cannot be decoded: `fail` stops with an error that names it; `skip` leaves it out with a
+    warning, and the study records their number (every image is decoded once to find them)"""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_LIMIT, strict=True)] = key(
         MAX_PIXELS,
         120000000,
@@ -144,15 +142,14 @@ class StoredSet(Config):
             "a limit on memory; the images left out with `on_bad_image` are compared with the study's",
         ),
     )
-    """largest number of pixels of an image, by the size in its file; a larger image counts as one that cannot be
-    decoded"""
+    """most pixels of an image, by the size in its file; a larger one counts as one that cannot be decoded"""
     exclude: SampleIds | None = key(
         None,
         "lists/bad_labels.csv",
         Resume("identity", "which images; a file may move: the remaining images are compared"),
         path_in="path",
     )
-    """images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
+    """images to leave out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
     `sample_id` of a CSV file"""
 
     @property
@@ -166,7 +163,7 @@ class FolderSet(StoredSet):
 
     source: Literal["folder"] = key(REQUIRED, "sandbox", IMAGES)
     domains: Domains | None = key(None, ["silhouette", "quickdraw"], IMAGES)
-    """the folders of the tree that belong to the set; null: the class folders are at `path`"""
+    """the domain folders of the set; null: the class folders are at `path`"""
 
 
 class ColumnSet(StoredSet):
@@ -184,10 +181,10 @@ class ColumnSet(StoredSet):
     root: str | None = key(None, "../my_images", MOVED, path_in="path")
     """if `image` has paths: the folder that they are relative to; null: that of the files"""
     where: Where = key({}, {"fold": [1, 2]}, IMAGES)
-    """the rows that belong to the set, by the values of columns (texts, whole numbers, true, false); sets without a
+    """the rows of the set, by values of columns (texts, whole numbers, true, false); sets without a
     common value share no row"""
     class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES, path_in="path")
-    """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those that
+    """class names in the order of the numbers: a list, or a text file with one per line; null: those that
     the files name (features of Hugging Face), else the texts of the labels, sorted"""
 
 
@@ -214,7 +211,7 @@ class WebDatasetSet(StoredSet):
     label: Annotated[str | None, BeforeValidator(_sample_label)] = key(None, "json:category", LABELS)
     """ending of the file with the label, or `json:KEY`; null: `cls`"""
     class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES, path_in="path")
-    """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of
+    """class names in the order of the numbers: a list, or a text file with one per line; null: those of
     `classnames.txt` next to the shards, else the texts of the labels, sorted"""
 
 
@@ -224,7 +221,7 @@ class BenchmarkSet(StoredSet):
     source: Literal["benchmark"] = key(REQUIRED, "sandbox", IMAGES)
     # a key of benchmarks.py
     name: str = key(REQUIRED, "vlcs", IMAGES)
-    """which benchmark of the table above: its class list, masks and splits"""
+    """which benchmark of the table above"""
     split: str | None = key(None, "out", IMAGES)
     """split of the benchmark, of the table above; null: all its images"""
     domains: Domains | None = key(None, ["sketch"], IMAGES)
@@ -254,8 +251,8 @@ class CorruptedSet(Config):
     seed: Seed = key(0, 1, SHOWN)
     """seed of the draw of corruptions and of their noise"""
     size: PositiveInt = key(224, 336, SHOWN)
-    """side in pixels: larger images are first resized (short side to 8/7 of it) and cropped to a square of this side,
-    as in ImageNet-C"""
+    """side in pixels: larger images are first resized (short side to 8/7 of it) and cropped to a square, as in
+    ImageNet-C"""
 
 
 SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
@@ -300,19 +297,18 @@ class DataConfig(Config):
     """for images that are in two roles: `drop` keeps them only in the role nearest to the test; `keep` keeps all, and
     test numbers are also given without them; `fail` stops with exit code 8"""
     shared_limit: Fraction = key(0.05, 0.1, SHARED)
-    """largest share of a set that `drop` may leave out; if it is exceeded, the command stops with exit code 8, since
-    the roles are likely wrong"""
+    """largest share of a set that `drop` may leave out; above it the command stops with exit code 8"""
     cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES, path_in="path")
     """folder for decoded images; null: the user's cache folder"""
     cache_gb: PositiveFloat | None = key(None, 50, KEPT_IMAGES)
-    """size limit of that folder in 10^9 bytes; after a build, the least recently used entries are removed until it
+    """size limit of the cache in 10^9 bytes; after a build, the least recently used entries are removed until it
     fits, but none in use; null: no limit"""
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
     """keep the files of `train` as one file in the cache; auto: if they are on network disks and the cache is not, for
     the images of Parquet files, and for corrupted images, which are made once"""
     resize_short_side: PositiveInt | None = key(None, 288, Resume("identity", "the training images"))
     """pixels of the shorter side: larger stored images of `train` are resized to it once and kept as JPEG in the cache;
-    null: training crops from the original images"""
+    null: crops are from the original images"""
 
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study

@@ -46,8 +46,8 @@ class ResourcesConfig(Config):
     """What one trial gets."""
 
     executor: Literal["auto", "inline", "ray-train", "debug"] = key("auto", "ray-train", HOW_FAST)
-    """auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after the
-    other, without Ray"""
+    """auto: one worker runs inline, more run as a Ray Train job; debug: this process, one training after the other,
+    without Ray"""
     num_workers: PositiveInt = key(1, 1, HOW_FAST)
     """workers of one trial; 1 with `inline` and `debug`"""
     cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(None, 4, HOW_FAST)
@@ -55,20 +55,19 @@ class ResourcesConfig(Config):
     node's cores as of its GPUs, on the node that has the fewest cores per GPU when the search starts"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(None, 0.5, HOW_FAST)
     """GPUs per worker: a whole number, or with one worker a share of one GPU, at least 0.0001 (with 0.3, three trials
-    run on each GPU); null: 1 if the cluster has GPUs, else 0. A worker computes on one GPU: for multiple GPUs per trial
-    see `num_workers`"""
+    run on each GPU); null: 1 if the cluster has GPUs, else 0. A worker computes on one GPU: for several see
+    `num_workers`"""
     accelerator: SetName | None = key(None, "H100", HOW_FAST)
     """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
     wait_for_nodes: Wait | None = key(None, "10m", HOW_FAST)
-    """on a cluster (`--address`): how long a command waits at its start, in seconds or as a text (`90s`, `1h30m`), for
-    the head, and then for the first nodes on which a trial fits; null: without limit if an autoscaler may add nodes,
-    else not at all"""
+    """on a cluster (`--address`): how long a command waits at its start for the head, and then for the first nodes on
+    which a trial fits; null: without limit if an autoscaler may add nodes, else not at all"""
     threads: PositiveInt | None = key(None, 1, HOW_FAST)
     """threads per worker, to decode and crop images and to compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
     needs one keeps it in the cache of its node, and later trainings read it; auto: stored if several trainings share
-    them. The numbers are the same in each case"""
+    them. The numbers are the same"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
     """in a search: after this many seconds without ten training steps, carft-ray ends a trial and tries it again; its
     log says what its threads did; null: never"""
@@ -86,30 +85,28 @@ class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
     wall_time: Duration | None = key(None, "8h", HOW_FAR)
-    """time limit of one `search` or `resume`, in seconds or as a text (`45m`, `8h`); the search then ends with its best
+    """time limit of one `search` or `resume`; the search then ends with its best
     trial so far and can be resumed"""
     gpu_hours: PositiveFloat | None = key(None, 24, HOW_FAR)
-    """limit on the GPU hours of all attempts of the study, including baselines and confirm; a `search` or `resume` then
-    ends with its best trial so far"""
+    """limit on the GPU hours of all attempts of the study, including baselines and confirm; then as with `wall_time`"""
 
 
 class WandbConfig(Config):
     """Weights & Biases gets a run per training, epoch by epoch; extra ``wandb``."""
 
     project: SetName | None = key(None, "my_project", TOLD)
-    """project for the runs, one run per training; null: none"""
+    """project for the runs; null: none"""
     entity: SetName | None = key(None, "my_team", TOLD)
     """user or team that owns the project; null: that of the login"""
     offline: Flag = key(False, True, TOLD)
-    """keep runs in `tracking/` of the study until `wandb sync` sends them; `WANDB_MODE=offline` does the same"""
+    """keep runs in `tracking/` of the study until `wandb sync` sends them"""
 
 
 class MlflowConfig(Config):
     """MLflow gets a run per training, epoch by epoch; extra ``mlflow``."""
 
     experiment: SetName | None = key(None, "my_experiment", TOLD)
-    """experiment for the runs, one run per training; null: none. `MLFLOW_TRACKING_URI` names the server; without it,
-    the runs are files in `tracking/` of the study"""
+    """experiment for the runs; null: none. `MLFLOW_TRACKING_URI` names the server"""
 
 
 class TrackingConfig(Config):

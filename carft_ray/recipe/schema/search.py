@@ -181,7 +181,7 @@ class _Sampler(Config):
 
 class _Starting(_Sampler):
     startup_trials: PositiveInt | None = key(None, 8, SAMPLING)
-    """`tpe`, `gp`: number of random trials at the start, at most `search.trials`; null: a quarter of the trials, at
+    """`tpe`, `gp`: random trials at the start, at most `search.trials`; null: a quarter of the trials, at
     least 4"""
 
 
@@ -189,7 +189,7 @@ class TpeSampler(_Starting):
     """Compares where good and bad trials lie."""
 
     name: Literal["tpe"] = key("tpe", "tpe", SAMPLING)
-    """the sampler, which proposes the next values"""
+    """which sampler proposes the next values"""
     multivariate: Flag | None = key(None, False, SAMPLING)
     """`tpe`: draws the parameters together; null: true with one objective, false with two"""
     group: Flag = key(False, True, SAMPLING)
@@ -364,10 +364,9 @@ class ObjectiveConfig(Config):
     """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
 
     kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key("weighted_mean", "harmonic", RANKING)
-    """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
-    Pareto front, which needs `alpha.mode: sample`"""
+    """how ID and OOD accuracy are combined; `pareto`: both as a Pareto front, which needs `alpha.mode: sample`"""
     id_weight: Fraction = key(0.5, 0.3, RANKING)
-    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
+    """weight of ID accuracy in `weighted_mean`; with `pareto`: its weight in the
     intermediate values of a running training"""
     id_margin: Fraction = key(
         0.005, 0.01, Resume("identity", "the claim of a confirm is fixed before its result is seen")
@@ -393,7 +392,7 @@ class SearchConfig(Config):
     sampler: Sampler = TpeSampler()
     pruner: Pruner = NoPruner()
     enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
-    """values inside the space that are tried first, in this order; a parameter that is left out is drawn; each entry
+    """values inside the space to try first, in this order; a parameter left out is drawn; each entry
     counts as a trial"""
     warm_start: tuple[str, ...] = key((), ["../studies/first"], PROPOSED, path_in="study")
     """folders or addresses of other studies whose trials are passed to the sampler; they do not count as trials of this
@@ -406,8 +405,8 @@ class SearchConfig(Config):
     """by name, values that replace those of `train`; trained before the trials and shown with them, never passed to the
     sampler; any name but `zero_shot`, which is always shown"""
     max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
-    """trials at a time; null: as many as fit on the machine or cluster; carft-ray lowers it by one each time that Ray
-    ends a trial that is out of memory"""
+    """trials at a time; null: as many as fit; carft-ray lowers it by one each time that Ray ends a trial that is out of
+    memory"""
     keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "which weights are kept"))
-    """number of best trials whose fine-tuned weights are kept, besides those of all baselines (and of all trainings on
-    a Pareto front); the results of all trials are kept"""
+    """number of best trials whose fine-tuned weights are kept, besides those of all baselines and of a Pareto front;
+    all results are kept"""

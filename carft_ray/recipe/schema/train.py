@@ -67,12 +67,12 @@ class TrainConfig(Config):
     batch_size: PositiveInt = key(512, 64, METHOD)
     """images per step over all workers; at most the size of the training set"""
     micro_batch: PositiveInt | None = key(None, 32, MEMORY, not_searched=ONLY_SPEED)
-    """largest number of images per forward pass of a worker; changes memory use, not the gradient; null: the whole part
-    of the worker; halved if memory is short"""
+    """most images per forward pass of a worker; changes memory use, not the gradient; null: all of the worker's; halved
+    if memory is short"""
     weight_decay: NonNegativeFloat = key(0.1, 0.05, METHOD)
     """weight decay of AdamW"""
     decay: Literal["all", "matrices"] = key("all", "matrices", METHOD)
-    """which tensors decay: all, or only matrices (no norms, no biases)"""
+    """which tensors decay; matrices: no norms, no biases"""
     warmup_steps: NonNegativeInt | None = key(None, 100, METHOD)
     """steps of linear warm-up; null: 500, but at most a tenth of all steps"""
     clip_norm: PositiveFloat | None = key(1.0, None, METHOD)
@@ -86,19 +86,18 @@ class TrainConfig(Config):
     head_lr_factor: NonNegativeFloat = key(1.0, 0, METHOD)
     """learning rate of the class head, relative to the tower's; 0 freezes it"""
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, 0.75, METHOD)
-    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the top
-    layer. 1: the same learning rate for all"""
+    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is on top. 1:
+    the same for all"""
     freeze_layers: NonNegativeInt = key(0, 2, METHOD)
-    """number of lowest layers of the image tower that are not trained (stem, blocks, projection); if it is all of them,
-    only the class head is trained"""
+    """number of lowest layers of the image tower that are not trained (stem, blocks, projection); with all of them,
+    only the class head is"""
     lora_rank: PositiveInt | None = key(None, 8, METHOD)
     """rank of the corrections (LoRA) that train the matrices of the tower's blocks, at most the smallest side of a
     matrix; nothing else in the tower is trained; null: no LoRA"""
     lora_alpha: PositiveFloat | None = key(None, 16, METHOD)
     """LoRA's corrections are multiplied by `lora_alpha / lora_rank`; null: by 1"""
     ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
-    """decay of the average of the weights over all steps; this average is the result; null: the weights of the last
-    step are the result"""
+    """decay of the average of the weights over all steps, which is the result; null: the weights of the last step"""
     context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     class_kl_weight: NonNegativeFloat = key(0.0, 1, METHOD)
@@ -135,7 +134,7 @@ class TrainConfig(Config):
     """use a fixed order of sums on a GPU as well, so that a training repeats bit for bit on the same card; slower. On a
     CPU every training does"""
     checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
-    """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); null: one at the end of every
+    """time between checkpoints; null: one at the end of every
     epoch. A training also writes one if it must stop or leave its node"""
     function: Annotated[str | None, BeforeValidator(_function)] = key(
         None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
@@ -153,7 +152,7 @@ class TrainConfig(Config):
     seed: Seed = key(
         0, 1, Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )
-    """seed of the order of the images, of their random crops, of random texts and of LoRA's initial values"""
+    """seed of the order and random crops of the images, of random texts and of LoRA's initial values"""
 
     @property
     def feature_terms(self) -> tuple[str, ...]:
@@ -198,11 +197,11 @@ class EvaluateConfig(Config):
     subset: PositiveInt = key(
         250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )
-    """images per set in the evaluations while a training runs"""
+    """images per set in evaluations before the end"""
     batch_size: PositiveInt | None = key(None, 64, MEMORY)
     """images per forward pass, halved if memory is short; null: 32 on a CPU, 512 on a GPU"""
     thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
         48, 0, Resume("running", "pictures for the report; nothing is computed from them")
     )
-    """number of small pictures that a training keeps for `report --html`: validation images whose prediction changes
-    between zero-shot, the chosen alpha and alpha 1; those of the best trials are kept; 0: none are kept or shown"""
+    """small pictures that a training keeps for `report --html`: validation images whose prediction changes
+    between zero-shot, the chosen alpha and alpha 1; those of the best trials stay; 0: none"""

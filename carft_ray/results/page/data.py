@@ -73,7 +73,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
     predictions, points = _of_best(view)
-    document = {
+    document: dict[str, Any] = {
         "study": named(study_dir),
         "name": recipe.name,
         "made": {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "version": __version__},
