@@ -189,7 +189,7 @@ def test_a_result_keeps_its_numbers_and_of_its_curve_the_points_of_the_front_eac
     kept = {**numbers, "at_chance": False}
     assert result_attributes(RESULT) == kept
     assert result_attributes({**RESULT, "at_chance": True}) == {**kept, "at_chance": True}
-    assert result_attributes(RESULT, 0.2) == {**kept, "objective": 0.7, "points": CURVE[1:]}
+    assert result_attributes(RESULT, 0.2) == {**kept, "points": CURVE[1:]}
     assert result_attributes(RESULT, 0.3 + 1e-16)["points"] == CURVE[2:]  # within it but for rounding
     found = result_attributes({**RESULT, "alpha": 0.5}, 0.2)["points"]
     assert found == [*CURVE[1:], {"alpha": 0.5, **RESULT["metrics"]}]

@@ -6,7 +6,13 @@ from carft_ray.launch.command import Ran
 from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.space import num_trials
 from carft_ray.results.evidence import headline_lines
-from carft_ray.results.reading.status_and_ls import front_data, front_lines, pruner_quality
+from carft_ray.results.reading.status_and_ls import (
+    expected_data,
+    expected_lines,
+    front_data,
+    front_lines,
+    pruner_quality,
+)
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import of_search, read_stored
 from carft_ray.study.best import constraint_lines
@@ -30,6 +36,7 @@ def search_summary(ran: Ran) -> dict[str, Any]:
         "best": next(row for row in rows if row["best"]),
         "rows": rows,
         "front": front_data(recipe, study.trials),
+        "expected": expected_data(study),
         "lines": _lines(study),
         "budget": {"used_up": bool(ran.out_of_budget), "line": budget_line(ran)},
         "best_recipe": str(study.study_dir / BEST),
@@ -63,5 +70,6 @@ def _lines(study: Snapshot) -> list[str]:
         f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
         *headline_lines(of_search(recipe, spec, best, rivals, chosen)),
         "The best trial was chosen by these numbers, so they are too high; none is from a test set.",
+        *expected_lines(expected_data(study)),
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

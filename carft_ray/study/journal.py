@@ -161,14 +161,15 @@ class Journal:
         Raises:
             StorageError: The result of a trial lacks what its search needs.
         """
-        lowest = None
+        lowest = None if spec.kind == "confirm" else self._recipe.search.alpha.lowest
         if spec.kind == "trial":
-            lowest = self._recipe.search.alpha.lowest if self.rule else None
             missing, rule = missing_metrics(result["metrics"], self._constraints, self.rule is not None)
             if missing:
                 place = str(spec.place(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
         attributes = {**result_attributes(result, lowest), **more}
+        if spec.kind == "trial" and self.rule is not None:
+            attributes[attr.OBJECTIVE] = result["objective"]
         known = {name: attributes[name] for name in (attr.OUTCOME, attr.MEASURED, attr.ALPHA)}
         points = tuple(attributes.get(attr.POINTS, ()))
         foresee(TrialRow(**vars(spec), **known, objective=result["objective"], points=points))
@@ -243,8 +244,8 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
 
     Args:
         result: Content of a ``result.json``.
-        lowest: Of a trial of a Pareto search, the lowest alpha that may be chosen; then all points of its curve that
-            may be on the front are kept, too, the trial's own among them.
+        lowest: Of a trial or baseline, the lowest alpha that may be chosen; then all points of its curve from there
+            on are kept, too, its own among them.
     """
     found = {
         attr.OUTCOME: "complete",
@@ -255,10 +256,11 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
     }
     if lowest is None:
         return found
+    own = result.get("alpha")
     curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - ROUNDING]
-    if all(point["alpha"] != result["alpha"] for point in curve):
-        curve.append({"alpha": result["alpha"], **result["metrics"]})
-    return {**found, attr.OBJECTIVE: result["objective"], attr.POINTS: curve}
+    if own is not None and all(point["alpha"] != own for point in curve):
+        curve.append({"alpha": own, **result["metrics"]})
+    return {**found, attr.POINTS: curve}
 
 
 def trial_name(number: int, values: Mapping[str, Any]) -> str:

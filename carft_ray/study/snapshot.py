@@ -8,8 +8,10 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log, log_of
+from carft_ray.study.expected import Expectation, expectation
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import Entry, read_ledger
+from carft_ray.study.pareto_front import front_rule
 from carft_ray.study.recipe_identity import study_recipe
 from carft_ray.study.rows import all_rows, best_row, num_finished, readable
 from carft_ray.study.training import Kind, TrialRow
@@ -39,6 +41,11 @@ class Snapshot:
     def best(self) -> TrialRow | None:
         """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
         return best_row(self.trials)
+
+    @functools.cached_property
+    def expected(self) -> Expectation | None:
+        """What its tried values are expected to measure; None before a trial is complete, and of a Pareto search."""
+        return None if front_rule(self.recipe.search) else expectation(self.recipe, self.trials, self.baselines)
 
     @functools.cached_property
     def ledger(self) -> list[Entry]:

@@ -73,7 +73,7 @@ class TrialRow(TrialSpec):
         at_chance: The fine-tuned weights, alpha 1, are not shown to be above chance; of zero-shot: it is not.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
-        points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
+        points: ``alpha`` and metrics of each point of its curve that may be chosen; of trials and baselines.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``pareto_front``).
     """

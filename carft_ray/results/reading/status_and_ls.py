@@ -11,6 +11,7 @@ from carft_ray.launch.budget import BUDGET_STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import AnyPruner
 from carft_ray.recipe.space import num_trials
+from carft_ray.results.evidence import in_points
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, studies_in
 from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
@@ -21,6 +22,7 @@ from carft_ray.study.place import named
 from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.rows import ZERO_SHOT, best_first, best_row
+from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import TrialRow
 from carft_ray.study.warm_start import num_test_reads
 from carft_ray.words import counted
@@ -28,11 +30,13 @@ from carft_ray.words import counted
 WEAK = 0.3  # rank correlation under which a warning is given,
 FAILED = ("error", "diverged")
 ENOUGH = 10  # from this many complete trials on
+NEXT = 8  # trainings, of which it is told what they are worth
 
 
 def status(overview: Overview) -> dict[str, Any]:
     """Returns what `status` reports, as JSON."""
     best, rows, front = overview.best, overview.rows, front_data(overview.recipe, overview.trials)
+    expected = expected_data(overview)
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
     pruner, log = overview.recipe.search.pruner, overview.log
@@ -48,7 +52,13 @@ def status(overview: Overview) -> dict[str, Any]:
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front,
-        "lines": [*front_lines(front), *constraint_lines(best), *failure_lines(overview.trials)],
+        "expected": expected,
+        "lines": [
+            *front_lines(front),
+            *constraint_lines(best),
+            *failure_lines(overview.trials),
+            *expected_lines(expected),
+        ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         **{
             state: [overview.data(row) for row in rows if overview.state(row) == state]
@@ -237,6 +247,52 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
     for point in found["points"]:
         pair = f"ID {100 * point['id_accuracy']:.1f} %, OOD {100 * point['ood_accuracy']:.1f} %"
         lines.append(f"    {point['name']} at alpha {point['alpha']:.2f}: {pair}{'  <- best' if point['best'] else ''}")
+    return lines
+
+
+def expected_data(study: Snapshot) -> dict[str, Any] | None:
+    """Returns what the values of the best trial, and the expected best ones, are expected to measure, as JSON.
+
+    Returns:
+        ``values``, a row for each of them: ``trials``, ``alpha``, ``objective``, ``ends`` (95 % interval),
+        ``id_accuracy``, ``ood_accuracy``, ``measured`` (of each training, at that alpha), ``better`` (baseline ->
+        probability); and ``next``: how many ``trainings`` more, and their ``gain``. None before a trial is complete,
+        and of a Pareto search.
+    """
+    found, best = study.expected, study.best
+    if found is None or found.best is None or best is None:
+        return None
+    shown = {each.names: each for each in (found.by_name[best.name], found.best)}
+    return {
+        "values": [
+            {
+                "trials": list(each.names),
+                "alpha": each.alpha,
+                **{name: each.metrics.get(name) for name in ("objective", "id_accuracy", "ood_accuracy")},
+                "ends": list(each.ends),
+                "measured": list(each.measured),
+                "better": dict(each.better),
+            }
+            for each in shown.values()
+        ],
+        "next": {"trainings": NEXT, "gain": found.gain(NEXT)},
+    }
+
+
+def expected_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Returns what is expected of the best values as lines of text; see ``expected_data``."""
+    lines = []
+    for index, each in enumerate(found["values"] if found else ()):
+        measured = " and ".join(f"{100 * value:.1f}" for value in each["measured"])
+        line = f"{each['trials'][0]} with a new seed: expected {in_points(each['objective'], each['ends'])} at alpha "
+        line += f"{each['alpha']:.2f} (measured {measured})"
+        if each["better"]:
+            nearest = min(each["better"], key=lambda name: each["better"][name])
+            line += f"; {100 * each['better'][nearest]:.0f} % likely better than {nearest}"
+        lines.append(f"{'Expected to be best: ' if index else ''}{line}.")
+    if found:
+        number, gain = found["next"]["trainings"], 100 * found["next"]["gain"]
+        lines.append(f"{number} more trainings are worth about {gain:.1f} points of the expected objective.")
     return lines
 
 
