@@ -19,12 +19,13 @@ from carft_ray.recipe.schema.search import CategoricalParameter
 from carft_ray.recipe.space import num_trials
 from carft_ray.recipe.written import train_problems
 from carft_ray.results.confirm_plan import options_to_go_on, read_plan
-from carft_ray.results.reading.status_and_ls import FAILED, budget, failure_lines, ledger
+from carft_ray.results.reading.status_and_ls import budget, failure_lines, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.ledger import Entry, needs_reason, read_folder, reads_of
 from carft_ray.study.place import Place, named
 from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.typed import FAILED
 from carft_ray.study.warm_start import inherited_reads
 
 AGAIN = " --again REASON"

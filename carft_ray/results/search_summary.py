@@ -1,5 +1,6 @@
 """What a search has found, as data: rows for tables and JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from carft_ray.launch.command import Ran
@@ -27,6 +28,7 @@ def search_summary(ran: Ran) -> dict[str, Any]:
     study = ran.study
     view, recipe = Overview(study.study_dir, study.log, study.recipe, study.trials, study.baselines), study.recipe
     rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
+    expected = expected_data(study)
     return {
         "study": named(study.study_dir),
         "trials": view.counts(),
@@ -36,8 +38,8 @@ def search_summary(ran: Ran) -> dict[str, Any]:
         "best": next(row for row in rows if row["best"]),
         "rows": rows,
         "front": front_data(recipe, study.trials),
-        "expected": expected_data(study),
-        "lines": _lines(study),
+        "expected": expected,
+        "lines": _lines(study, expected),
         "budget": {"used_up": bool(ran.out_of_budget), "line": budget_line(ran)},
         "best_recipe": str(study.study_dir / BEST),
         "figure": str(study.study_dir / FIGURE_PNG),
@@ -55,7 +57,7 @@ def budget_line(ran: Ran) -> str:
     return f"The search has ended early: {ran.out_of_budget}. {done}."
 
 
-def _lines(study: Snapshot) -> list[str]:
+def _lines(study: Snapshot, expected: Mapping[str, Any] | None) -> list[str]:
     recipe, best = study.recipe, require_finished(study.study_dir, study.best)
     front = front_data(recipe, study.trials)
     value = f"objective {100 * (best.objective or 0):.1f} %"
@@ -70,6 +72,6 @@ def _lines(study: Snapshot) -> list[str]:
         f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
         *headline_lines(of_search(recipe, spec, best, rivals, chosen)),
         "The best trial was chosen by these numbers, so they are too high; none is from a test set.",
-        *expected_lines(expected_data(study)),
+        *expected_lines(expected),
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

@@ -20,6 +20,7 @@ DIGEST = "digest"  # SHA-256 of its ``result.json``
 ALPHA, AT_CHANCE, MEASURED, ELAPSED_S = "alpha", "at_chance", "metrics", "elapsed_s"  # of its ``result.json``
 OBJECTIVE = "objective"  # of it, too, in a Pareto search: Optuna has two objectives there
 POINTS = "points"  # its alpha curve from the lowest alpha on that may be chosen; of trials and baselines
+ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
 
 # of a trial that the search space or another study has given its values
 OUTSIDE = "outside"  # state and values before, of a trial that is outside the space now; ``space_revisions``

@@ -21,11 +21,12 @@ import scipy  # its modules load when they are first used
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import VIOLATION, CategoricalParameter, Parameter, total_violation
 from carft_ray.recipe.space import is_active, same
+from carft_ray.study.attributes import ROUNDING
 from carft_ray.study.posterior import BoolArray, FloatArray, IntArray, Posterior, posterior
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.training import TrialRow
+from carft_ray.study.typed import FAILED
 
-FAILED = ("diverged", "error")
 CLIP = 0.02  # below the frozen model, deeper falls say nothing more
 NUM_PLACES = 64  # where the next trainings may be, for what they are worth
 OWN = math.nan  # in place of an alpha: each training is measured at its own
@@ -107,20 +108,21 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
         return None
     rows += [row for row in baselines if row.outcome == "complete" and row.name != ZERO_SHOT]
     keys = [_key(row) for row in rows]
-    groups = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-    values = np.array([groups[key] for key in keys])
+    numbers = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+    values = np.array([numbers[key] for key in keys])
+    groups: list[list[TrialRow]] = [[] for _ in numbers]
+    for key, row in zip(keys, rows, strict=True):
+        groups[numbers[key]].append(row)
     alphas = _alphas(recipe, rows)
     names = ["objective", *sorted(set.intersection(*(_named(row) for row in rows if row.outcome == "complete")))]
     failed = np.array([row.outcome in FAILED for row in rows])
-    measured = np.array(
-        [[_at(row, alpha, frozen).get(name, 0.0) for alpha in alphas for name in names] for row in rows]
-    )
+    curves = [[_at(row, alpha, frozen) for alpha in alphas] for row in rows]
+    measured = np.array([[point.get(name, 0.0) for point in curve for name in names] for curve in curves])
     objectives = np.arange(len(alphas)) * len(names)
     if frozen:
         measured[:, objectives] = np.maximum(measured[:, objectives], frozen["objective"] - CLIP)
     seeds = np.array([int(row.values.get("seed", recipe.train.seed)) for row in rows])
-    of_values = {values[index]: row for index, row in reversed(list(enumerate(rows)))}
-    points = [np.array([_unit(recipe.search.space, of_values[index]) for index in range(len(groups))])]
+    points = [np.array([_unit(recipe.search.space, own[0]) for own in groups])]
     points.append(_places(recipe.search.space))
     found = posterior(np.concatenate(points), values, seeds, measured, failed, objectives)
     chosen = [_chosen(found, index, names) for index in range(len(found.mean))]
@@ -128,8 +130,8 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
     rivals = {row.name: values[index] for index, row in enumerate(rows) if row.kind == "baseline"}
     half = float(scipy.special.stdtrit(found.dof, 0.975))
     by_name, sound = {}, set[str]()
-    for index, (place, metrics) in enumerate(chosen[: len(groups)]):
-        own = [row for row, each in zip(rows, values, strict=True) if each == index]
+    for index, own in enumerate(groups):
+        place, metrics = chosen[index]
         complete = [row for row in own if row.outcome == "complete"]
         if not complete:
             continue
@@ -148,7 +150,7 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
         by_name.update(dict.fromkeys(each.names, each))
         if 2 * len(complete) > len(own):
             sound.add(each.names[0])
-    tried = np.array([index < len(groups) and of_values[index].kind == "trial" for index in range(len(chosen))])
+    tried = np.array([index < len(groups) and groups[index][0].kind == "trial" for index in range(len(chosen))])
     return Expectation(found, by_name, measures, tried, frozenset(sound))
 
 
@@ -163,7 +165,7 @@ def _alphas(recipe: Recipe, rows: Sequence[TrialRow]) -> tuple[float, ...]:
     """Returns the alphas at which all complete trials were measured; ``OWN`` alone if there is none, or it is drawn."""
     trials = [row for row in rows if row.kind == "trial" and row.outcome == "complete"]
     common = set.intersection(*({point["alpha"] for point in _curve(row)} for row in trials))
-    allowed = sorted(alpha for alpha in common if alpha >= recipe.search.alpha.lowest - 1e-9)
+    allowed = sorted(alpha for alpha in common if alpha >= recipe.search.alpha.lowest - ROUNDING)
     return tuple(allowed) if allowed and "alpha" not in recipe.search.space else (OWN,)
 
 

@@ -38,8 +38,6 @@ from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of
 from carft_ray.study.training import Kind, TrialRow, TrialSpec
 
-ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
-
 
 class Journal:
     """Every write is a commit of the log, which is refused when the study is no longer ours.
@@ -257,7 +255,7 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
     if lowest is None:
         return found
     own = result.get("alpha")
-    curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - ROUNDING]
+    curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - attr.ROUNDING]
     if own is not None and all(point["alpha"] != own for point in curve):
         curve.append({"alpha": own, **result["metrics"]})
     return {**found, attr.POINTS: curve}

@@ -14,6 +14,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.untrusted import visible
 
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
+FAILED: tuple[Outcome, ...] = ("error", "diverged")
 Content = TypeVar("Content")
 Made = TypeVar("Made")
 

@@ -33,9 +33,7 @@ def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> int | N
         num_workers: Workers that share a global batch.
     """
     found = fits.get(_key(recipe))
-    if found is None or found >= micro_batch_of(recipe.train, num_workers):
-        return None
-    return found
+    return None if found is None or found >= micro_batch_of(recipe.train, num_workers) else found
 
 
 def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], attempt: int) -> Failure:

@@ -24,11 +24,11 @@ from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.rows import ZERO_SHOT, best_first, best_row
 from carft_ray.study.snapshot import Snapshot
 from carft_ray.study.training import TrialRow
+from carft_ray.study.typed import FAILED
 from carft_ray.study.warm_start import num_test_reads
 from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
-FAILED = ("error", "diverged")
 ENOUGH = 10  # from this many complete trials on
 NEXT = 8  # trainings, of which it is told what they are worth
 
