@@ -13,7 +13,7 @@ tables. No claim about test domains is made from it, and the recipes of ``exampl
 ``correct`` and ``tests`` hold one bit per validation and test image (``numpy.packbits``). The metadata of the schema
 have the sets and their sizes, commit and recipe hash. A training that diverged has its values and nothing else.
 Fine-tuned weights stay in the folder of the trainings (4 GB), outside git. Finished trainings are not run again: a
-killed benchmark continues with the same command.
+killed benchmark continues with the same command, and a table that has some of the trainings gets the others.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from scipy.stats import qmc
 
 from benchmarks.acceptance import value_at
@@ -103,30 +104,52 @@ def _first(spec: Any) -> Any:
 
 
 def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: int) -> None:
-    """Runs the trainings that are missing, so many at a time with one thread each, and writes the table."""
+    """Runs the trainings that the table has not, so many at a time with one thread each, and writes it after each seed.
+
+    Raises:
+        UsageError: The table is of another recipe.
+    """
     bench = open_bench(for_tables(recipe), out)
     alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
-    planned = [
-        (name, Planned(f"{name}, seed {seed}", {**values, "seed": seed}, alphas, keeps_weights=True))
+    rows = _rows_of(table_path, recipe_hash(recipe))
+    has = {(row["configuration"], row["seed"]) for row in rows}
+    sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
+    planned = {
+        (name, seed): Planned(f"{name}, seed {seed}", {**values, "seed": seed}, alphas, keeps_weights=True)
         for seed in SEEDS
         for name, values in design(recipe, number).items()
-    ]
-    plans = [each for _, each in planned]
-    trainings = run_all(bench, plans, processes, Clock(sum(each.cost for each in plans)))
-    sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
-    rows = [row_of(name, training, sets, tests) for (name, _), training in zip(planned, trainings, strict=True)]
-    finished = [training for training in trainings if not training.diverged]
-    one = finished[0]
-    num_tests = {name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests}
-    words = {
-        "recipe": recipe.name,
-        "recipe_hash": recipe_hash(recipe),
-        "commit": environment.git_state(ROOT)[0] or "",
-        "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
-        "tests": json.dumps(num_tests),
+        if (name, seed) not in has
     }
-    write_table(table_path, rows, words)
-    print(f"{len(trainings)} trainings, {len(trainings) - len(finished)} diverged; {table_path}")
+    clock = Clock(sum(each.cost for each in planned.values()))
+    for seed in SEEDS:
+        plans = {name: each for (name, of), each in planned.items() if of == seed}
+        if not plans:
+            continue
+        trainings = run_all(bench, [*plans.values()], processes, clock)
+        rows += [row_of(name, training, sets, tests) for name, training in zip(plans, trainings, strict=True)]
+        one = next(training for training in trainings if not training.diverged)
+        num_tests = {name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests}
+        words = {
+            "recipe": recipe.name,
+            "recipe_hash": recipe_hash(recipe),
+            "commit": environment.git_state(ROOT)[0] or "",
+            "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
+            "tests": json.dumps(num_tests),
+        }
+        write_table(table_path, rows, words)
+        print(f"seed {seed}: {len(rows)} trainings, {sum(row['diverged'] for row in rows)} diverged; {table_path}")
+
+
+def _rows_of(path: Path, of_recipe: str) -> list[dict[str, Any]]:
+    """Returns the trainings that a table has; none where it does not exist."""
+    if not path.exists():
+        return []
+    table = pq.read_table(path)
+    known = (table.schema.metadata or {}).get(b"recipe_hash", b"").decode()
+    if known != of_recipe:
+        step = "Give another file with --table."
+        raise UsageError(Problem(str(path), f"must be a table of this recipe, {of_recipe}", known, next_step=step))
+    return list(table.to_pylist())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -302,9 +302,9 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
         run_all(study)
     view = read_study(study_dir)
     assert [path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")] == [view.best.name]
-    assert view.best.violation == min(row.violation for row in view.trials)
+    assert view.best.order == min(row.order for row in view.trials)
     line, *expected = status(view)["lines"]
-    assert expected[0].startswith(f"{view.best.name} with a new seed: expected ")
+    assert expected[0].startswith(f"Best: {view.best.name}, expected ")
     assert line.startswith(f"No trial meets all constraints; {view.best.name} violates them least: it violates id_drop")
 
 

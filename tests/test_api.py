@@ -126,10 +126,10 @@ def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original
     assert isinstance(again, carft_ray.Study)
     assert again.best.name in str(again)
     assert again.best.name in again._repr_html_()
-    said = "The best trial was chosen by these numbers, so they are too high; none is from a test set."
-    after = again.lines[again.lines.index(said) + 1 :]
-    assert after[0].startswith(f"{again.best.name} with a new seed: expected ")
-    assert after[-1].startswith("8 more trainings are worth about ")
+    assert again.lines[0].startswith(f"Best: {again.best.name}, expected ")
+    assert again.lines[1].startswith("8 more trainings are worth about ")
+    said = "Measured numbers of the best trial helped to choose it, so they are too high; none is from a test set."
+    assert again.lines[-1] == said
     figure = original.figure
     assert "<svg" in figure._repr_svg_()
     assert figure.save(tmp_path / "figure.svg").read_bytes() == figure.svg
@@ -232,8 +232,8 @@ def test_trials_and_baselines_are_tables_of_typed_columns(original):
     table = study.trials()
     results = [json.loads(path.read_text()) for path in sorted(original.path.glob("trials/*/*/result.json"))]
     assert table.num_rows == len(results) == 2
-    assert table.column_names[:12] == [
-        *("number", "name", "outcome", "objective", "alpha", "elapsed_s", "reason"),
+    assert table.column_names[:14] == [
+        *("number", "name", "outcome", "objective", "expected", "alpha", "repeat_of", "elapsed_s", "reason"),
         "learning_rate",
         *("accuracy/id_val", "accuracy/sketch", "id_accuracy", "ood_accuracy"),
     ]

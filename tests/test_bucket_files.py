@@ -336,6 +336,7 @@ def searched(server, name, nodes):
     """Searches three trials, the second of which is lost once; which kind of node each attempt has, ``nodes`` says."""
     address, turns = server.address(name), itertools.cycle(nodes)
     with open_study(own_folder(address), RECIPE) as study:
+        recover_running(study)
         plan, box, epochs = plan_of(study, Here(study.study_dir, address=address)), Mailbox(), []
         driver = Driver(study, AtATime(1), lambda event: None, exchange=Exchange(box))
         while (spec := driver.propose("one")) is not None:

@@ -208,6 +208,7 @@ def test_what_a_confirm_and_a_test_have_fixed_stays_when_better_trials_follow(co
     retention = Retention(confirmed, recipe, Folder(confirmed), fixed_trials(log_of(confirmed)))
     retention.ended(row)
     retention.ended(replace(row, name="t0009-0000", number=9, objective=1.0))
+    retention.keep_best()
     assert (row.place(confirmed) / WEIGHTS).exists()
 
 

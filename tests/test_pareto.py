@@ -106,7 +106,7 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     [winner, *_] = first_stage(view, 3, 2).rows
     assert (winner.name, winner.alpha) == (best.name, best.alpha)
     report = study_report(view)
-    assert report["corrected"] is None
+    assert report["expected"] is None
     assert report["front"] == answer["front"]
     assert any("a confirm measures them again" in line for line in report["lines"])
     trained = open_trained(study_dir)

@@ -31,12 +31,14 @@ from carft_ray.results.evidence import compare, comparison_lines, headline_lines
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 from carft_ray.results.page.data import page_document, set_tables
 from carft_ray.results.page.page import FIGURES, HERE, figures, packed
+from carft_ray.results.reading.status_and_ls import expected_data
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
-from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
+from carft_ray.results.statistics.selection_bias import ranking_noise
 from carft_ray.results.study_card import CHOSEN_HERE, Line, verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.training import result_of
 from carft_ray.training.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
 
 pytestmark = pytest.mark.slow
@@ -80,9 +82,9 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
     spec, rows = objective_spec(view.recipe), [row for row in view.trials if row.outcome == "complete"]
     tables = [(read_predictions(row.place(view.study_dir) / PREDICTIONS), row.alpha) for row in rows]
     objectives = [row.objective for row in rows]
-    image, seed = ranking_noise(spec, objectives, {name: correct_matrix(tables, name) for name in spec.sets})
-    assert found["noise"] == {"image": pytest.approx(image), "seed": seed, "words": "image noise only"}
-    assert found["corrected"]["value"] == correct_best(objectives, image)["value"]
+    correct = {name: correct_matrix(tables, name) for name in spec.sets}
+    assert found["noise"] == pytest.approx(ranking_noise(spec, objectives, correct)[0])
+    assert found["expected"] == expected_data(view)
     assert (found["best"]["name"], found["evidence"]["nearest"]) == (view.best.name, "fine_tuning")
     code, out, _ = run("report", view.study_dir)
     assert code == 0
@@ -90,10 +92,7 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
         "26 complete, 4 diverged.\n31 trainings and 135 evaluated alphas were compared on these validation images;"
         in out
     )
-    assert (
-        f"Corrected: {100 * found['corrected']['value']:.1f} %. The expected selection bias of the best of 26 values"
-        in out
-    )
+    assert f"Best: {view.best.name}, expected {100 * view.best.expected:.1f} [" in out
     assert found["evidence"]["headline"] in out
 
 
@@ -320,8 +319,7 @@ def test_the_page_has_the_numbers_of_the_commands(studies, printed):
 
 def test_the_page_says_what_may_be_wrong(studies, searched):
     view = read_study(studies("two"))
-    noise = {"image": 1e-4, "seed": None, "words": "image noise only"}
-    report = {**searched["report"], "noise": noise, "corrected": {"num_trials": 5, "factor": 0.1, "spread": 1e-4}}
+    report = {**searched["report"], "expected": {"trainings": 5, "spread": 0.01, "noise": 0.02}}
     above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
     found = findings(replace(view, baselines=above), report)
     checks = {row["check"] for row in found}
@@ -522,7 +520,7 @@ def test_trainings_keep_pictures_of_what_has_changed(tmp_path_factory):
     for row in snapshot(study_dir).trials:
         place = row.place(study_dir)
         kept, table = read_thumbnails(place / THUMBNAILS), read_predictions(place / PREDICTIONS)
-        alphas = sorted({0.0, row.alpha, 1.0})
+        alphas = sorted({0.0, result_of(study_dir, row)["alpha"], 1.0})
         found = {
             (name, one) for name in sets(table) for ids in changed(table, name, alphas).values() for one in ids.tolist()
         }

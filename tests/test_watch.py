@@ -229,7 +229,7 @@ def test_another_process_sees_what_runs_and_watches_until_the_search_or_ctrl_c_e
         impatient = command("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
         line = watcher.stdout.readline()
         assert line.startswith(counted)
-        assert line.rstrip().endswith(f"best {100 * best.objective:.1f} % ({best.name})")
+        assert line.rstrip().endswith(f"expected best {100 * best.expected:.1f} % ({best.name})")
         impatient.stdout.readline()
         err = ended(impatient)
         assert (impatient.returncode, "Traceback" in err) == (0, False)

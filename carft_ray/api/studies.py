@@ -8,7 +8,7 @@ A notebook displays a study as a table of its trials, and ``study.figure`` as a 
     >>> study.recipe.search.trials
     2
     >>> study.trials().column_names[:5]
-    ['number', 'name', 'outcome', 'objective', 'alpha']
+    ['number', 'name', 'outcome', 'objective', 'expected']
     >>> best = study.best
     >>> sorted(study.metrics(best.name))[:2]
     ['accuracy/id_val', 'accuracy/sketch']
@@ -37,8 +37,8 @@ from carft_ray.ui import console, notebook
 
 Kind = Literal["trial", "baseline"]
 # attributes of a row, with their types in Arrow
-COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double"}
-COLUMNS |= {"alpha": "double", "elapsed_s": "double", "reason": "string"}
+COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double", "expected": "double"}
+COLUMNS |= {"alpha": "double", "repeat_of": "string", "elapsed_s": "double", "reason": "string"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Study:
 
     @property
     def best(self) -> TrialRow | None:
-        """The trial with the largest objective (``name``, ``values``, ``alpha``, ``objective``, ``metrics``), or None.
+        """The first trial of the values that are expected to be best, or None.
+
+        It has ``name``, ``values``, ``alpha``, ``objective`` as measured, ``expected``, and ``metrics``.
 
         Raises:
             StorageError: The study is damaged.
@@ -114,9 +116,10 @@ class Study:
     def trials(self, kind: Kind = "trial") -> pa.Table:
         """Returns a row per trial (or baseline), ordered by number.
 
-        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one),
-        ``elapsed_s``, ``reason``; then every hyperparameter by its name in ``train``; then every metric
-        (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ...). Missing values are null.
+        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``expected`` (of its values, with a new seed),
+        ``alpha`` (that of its values), ``repeat_of`` (the first training of its values), ``elapsed_s``, ``reason``;
+        then every hyperparameter by its name in ``train``; then every metric (``id_accuracy``, ``ood_accuracy``,
+        ``accuracy/<set>``, ...). Missing values are null.
 
         Args:
             kind: ``trial`` or ``baseline``.
@@ -127,7 +130,8 @@ class Study:
         """
         if kind not in ("trial", "baseline"):
             raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
-        return rows_table(snapshot(self.path).of(kind))
+        now = snapshot(self.path)
+        return rows_table(now.trials if kind == "trial" else [*now.baselines, *now.repeats])
 
     def metrics(self, trial: str | int) -> dict[str, float]:
         """Returns the metrics of a finished trial or baseline at its alpha.
@@ -178,7 +182,9 @@ def rows_table(rows: Sequence[TrialRow]) -> pa.Table:
     own = {
         name: pa.array([getattr(row, name) for row in rows], pa.type_for_alias(kind)) for name, kind in COLUMNS.items()
     }
-    own["reason"] = pa.array([row.reason or None for row in rows], pa.string())
+    own |= {
+        name: pa.array([getattr(row, name) or None for row in rows], pa.string()) for name in ("reason", "repeat_of")
+    }
     values = dict.fromkeys(name for row in rows for name in row.values if name not in own)
     metrics = dict.fromkeys(name for row in rows for name in row.metrics if name not in own)
     columns = own | {name: _column([row.values.get(name) for row in rows]) for name in values}

@@ -8,6 +8,7 @@ longest such while seen in this search.
 A trial that cannot end within the rest is begun all the same: it leaves a checkpoint, and ``resume`` continues it.
 """
 
+import math
 from collections.abc import Sequence
 
 from carft_ray.errors import BudgetError, Problem
@@ -38,6 +39,27 @@ def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 
         if gpu_s >= limit_s - margin:
             return f"{gpu_s / 3600:.3g} GPU hours are used (budget.gpu_hours, {limits.gpu_hours:g})"
     return ""
+
+
+def expected_end(limits: BudgetConfig, elapsed_s: float, gpu_s: float, before: int, begun: int) -> int | None:
+    """Returns at how many trials the budget will end the search, if trials go on to begin as fast as before.
+
+    Args:
+        limits: The budget of the recipe.
+        elapsed_s: Seconds since this search began.
+        gpu_s: GPU seconds of all attempts of the study, those that run included.
+        before: Trials that had begun before this search.
+        begun: All trials that have begun.
+
+    Returns:
+        None if no limit is set, or nothing is used yet.
+    """
+    ends = []
+    if limits.wall_time and elapsed_s > 0:
+        ends.append(before + (begun - before) * max(1.0, limits.wall_time / elapsed_s))
+    if limits.gpu_hours and gpu_s > 0:
+        ends.append(begun * max(1.0, limits.gpu_hours * 3600 / gpu_s))
+    return math.ceil(min(ends)) if ends else None
 
 
 def margin_s(limit_s: float, longest_end_s: float) -> float:

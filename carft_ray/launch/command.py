@@ -183,7 +183,7 @@ def run(plan: Plan, end: Callable[[Ran], R]) -> R:
         trainings = None if plan.given is None else plan.given(study)
         of_study = study_recipe(study.study_dir, study.log) if confirms else recipe
         files.write_text(study.study_dir / RESOLVED, dump_recipe(of_study))
-        num_before = num_finished(study.rows())
+        num_before = num_finished(study.searched())
         recovered = recover_running(study) if trainings is None else recover_given(study, trainings, plan.kind)
         for note in (*study.notes, *(own_notes(recipe) if proposes else ())):
             on_event(Note(note))
@@ -228,7 +228,8 @@ def _prepare_all(
         on_event(events.Decided(note))
     capacity = runtime.capacity
     if not plan.alone:
-        wanted, finished = _counts(plan, study.rows(plan.kind), trainings)
+        rows = study.searched() if plan.kind == "trial" else study.rows(plan.kind)
+        wanted, finished = _counts(plan, rows, trainings)
         on_event(events.Started(wanted, finished, capacity.concurrency, capacity.reason, plan.kind))
     elif not plan.in_process:
         on_event(Preparing(f"training with {counted(plan.recipe.resources.num_workers, 'Ray Train worker')}"))
@@ -250,7 +251,9 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
         training = f"{FOLDERS[plan.kind]}/{NAME}"
         words = progress_words(study.study_dir / training, study.log.store.known(training))
         return f"it continues from {words}"
-    wanted, finished = _counts(plan, snapshot(study.study_dir).of(plan.kind), trainings)
+    now = snapshot(study.study_dir)
+    rows = [*now.trials, *now.repeats] if plan.kind == "trial" else now.of(plan.kind)
+    wanted, finished = _counts(plan, rows, trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
 
 

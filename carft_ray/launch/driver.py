@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import events
 from carft_ray.launch.attempt_ending import Ending, death_of, ending_of, only_node
-from carft_ray.launch.budget import BUDGET_STOP, used_up
+from carft_ray.launch.budget import BUDGET_STOP, expected_end, used_up
 from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.cluster.ray_errors import no_successful_trial
 from carft_ray.launch.leaks import Leaks
@@ -88,6 +88,7 @@ class Driver:
         self._attempts: dict[str, Attempt] = {}  # by the name that whoever runs them has given
         self._giving_up = GivingUp()
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
+        self._num_before = len(self.study.searched())
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
         self._stopping_since = 0.0
@@ -117,6 +118,7 @@ class Driver:
             return None
         try:
             fits = micro_batch.noted(self.study.log)
+            self.study.end = self._expected_end()
             spec = self.study.next()
         except Exception as error:  # raised again by the search, once running trainings have ended
             self._fail(error)
@@ -351,6 +353,18 @@ class Driver:
         for row in rows:
             self.on_event(events.TrialEpoch(attempt.spec, row))
 
+    def _held_gpu_s(self) -> float:
+        """Returns GPU seconds of all attempts of the study, those that run included."""
+        return self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
+
+    def _expected_end(self) -> int | None:
+        """Returns at how many trials the search is expected to end; None: at those of the recipe."""
+        if self.budget is None or not self.study.recipe.search.repeats:
+            return None
+        elapsed_s, begun = time.monotonic() - self.began, len(self.study.searched())
+        end = expected_end(self.budget, elapsed_s, self._held_gpu_s(), self._num_before, begun)
+        return None if end is None else min(end, self.study.recipe.search.trials)
+
     def _budget_ends(self) -> bool:
         """Asks what runs to stop when the budget is used up; tells whether it is."""
         if self.budget is None or self.failure is not None:
@@ -358,8 +372,7 @@ class Driver:
         if not self._attempts and self.study.done():  # whatever is used by now, nothing ends early
             return False
         now = time.monotonic()
-        gpu_s = self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
-        gpus = self.gpus * len(self._attempts)
+        gpu_s, gpus = self._held_gpu_s(), self.gpus * len(self._attempts)
         longest_s = max(self._longest_end_s, self._longest_step_s)
         self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
@@ -388,8 +401,10 @@ class Driver:
         if row.kind == "confirm":  # a fresh seed, or a probe, finds nothing better and says nothing about the search
             self.on_event(events.TrialFinished(row, is_best=False))
             return
-        best = self.study.retention.best()
-        self.on_event(events.TrialFinished(row, best is not None and row.name == best.name, best.name if best else ""))
+        ranked = {each.training: each for each in self.study.retention.ranked()}
+        best, row = self.study.retention.best(), ranked.get(row.training, row)
+        is_best = best is not None and best.name in (row.name, row.repeat_of)
+        self.on_event(events.TrialFinished(row, is_best, best.name if best else "", tuple(ranked.values())))
         if row.outcome not in ("complete", "pruned"):
             self._giving_up.note(row, seconds)
         running_s = (self._held_s(each) for each in self._attempts.values() if each.spec.kind == "trial")

@@ -1,7 +1,7 @@
 """What happens in a search, for whoever shows it. All values are plain data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from carft_ray.recipe.schema.search import violation_words
@@ -95,8 +95,9 @@ class TrialFinished(Event):
     """A trial, or a training of a confirm, has ended and is in the study."""
 
     row: TrialRow
-    is_best: bool  # the best of the study now
+    is_best: bool  # its values are the best of the study now
     best: str = ""  # name of the study's best trial now; empty where nothing was ranked
+    ranked: tuple[TrialRow, ...] = field(default=(), repr=False)  # complete trials and baselines as they stand now
 
     def line(self) -> str:
         return _result(self.row) + ("  <- best so far" if self.is_best else "")
@@ -146,6 +147,7 @@ def _result(row: TrialRow) -> str:
     text += f": ID {100 * metrics['id_accuracy']:.1f}"
     text += f", OOD {100 * metrics['ood_accuracy']:.1f}" if "ood_accuracy" in metrics else ""
     text += f", objective {100 * row.objective:.1f} %"
+    text += f", expected {100 * row.expected:.1f} %" if row.expected is not None else ""
     text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     text += f"; {words}" if (words := violation_words(metrics)) else ""
     return f"{text}; {'alpha 1.00 ' if row.alpha else ''}not shown above chance" if row.at_chance else text

@@ -368,6 +368,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if _is_changed(search.objective, "id_weight") and kind not in ("weighted_mean", "pareto"):
         yield "search.objective.id_weight", f"has no effect: the objective is {kind}"
+    if kind == "pareto" and search.stop_gain is not None:
+        yield "search.stop_gain", "has no effect: with objective pareto no expected objective is computed"
     if kind != "pareto" and best != "knee":
         yield "search.objective.best", f"has no effect: the objective is {kind}"
     if _is_changed(search.objective, "tolerance") and (kind, best) != ("pareto", "lexicographic"):

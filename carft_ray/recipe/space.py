@@ -134,10 +134,13 @@ def place(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | str:
 
 
 def num_trials(recipe: Recipe) -> int:
-    """Returns how many trials a search makes: ``search.trials``, or the points of the grid where they are fewer."""
+    """Returns how many trials a search makes: ``search.trials``, or the points of the grid where they are fewer.
+
+    Repeats count: of a grid they come on top of its points.
+    """
     search = recipe.search
     size = grid_size(search.space) if search.sampler.name == "grid" else None
-    return search.trials if size is None else min(search.trials, size)
+    return search.trials if size is None else min(search.trials, math.ceil(size / (1 - search.repeats)))
 
 
 def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:

@@ -94,16 +94,15 @@ def _ends(view: Overview) -> Iterator[tuple[str, str, str]]:
 
 def _noise(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yields a finding where the trials differ by hardly more than their noise."""
-    corrected, noise = report.get("corrected"), report.get("noise")
-    if not corrected or not noise or corrected["num_trials"] < 4 or corrected["factor"] >= BELIEVED:
+    found = report.get("expected")
+    if not found or found["trainings"] < 4:
         return
-    sigma = 100 * math.sqrt(noise["image"] + (noise["seed"] or 0.0))
-    spread = 100 * math.sqrt(corrected["spread"])
-    text = (
-        f"the better half of the trials differs by {spread:.2f} points, noise alone by {sigma:.2f} "
-        f"({noise['words']}): which of them is the best is mostly chance"
-    )
-    yield "noise larger than differences", text, "more validation images help more than more trials."
+    spread, noise = 100 * found["spread"], 100 * found["noise"]
+    if spread**2 < BELIEVED * (spread**2 + noise**2):
+        text = f"the values differ by a standard deviation of {spread:.2f} points, trainings of the same values by "
+        text += f"{noise:.2f}: which training measured most is mostly luck"
+        step = "repeats (search.repeats) and more validation images help more than more values."
+        yield "noise larger than differences", text, step
 
 
 def next_steps(view: Overview, study: Place, after: str) -> list[str]:
@@ -176,7 +175,7 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     steps, trust = [], trust_word(view.recipe)
     if not finished:
         given = view.recipe.search.baselines
-        again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted, given) else ""
+        again = AGAIN if needs_reason(entries, [*view.trials, *view.repeats], view.baselines, wanted, given) else ""
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"

@@ -142,14 +142,18 @@ def first_stage(
         UsageError: A study of ``against`` cannot be compared.
     """
     best = require_finished(view.study_dir, view.best)
-    ranked = [row for row in best_first(view.trials) if row.objective is not None and row.violation <= best.violation]
+    ranked = [row for row in best_first(view.trials) if row.objective is not None and not row.repeat_of]
+    if best.order is None:
+        ranked = [row for row in ranked if row.violation <= best.violation]
+    else:
+        ranked = [row for row in ranked if row.order is not None and row.order[:2] <= best.order[:2]]
     tried = view.num_finished
     rows = [_plan_row(row, "candidate" if index else "winner", tried) for index, row in enumerate(ranked[:top])]
     rows += without_penalties(view.recipe, rows[0]) if ablation else []
     for row in view.baselines:
         if row.objective is None:
             continue
-        rows.append(_plan_row(row, "baseline", int(row.name != ZERO_SHOT)))
+        rows.append(_plan_row(row, "baseline", len(view.trainings_of(row)) * (row.name != ZERO_SHOT)))
         at_one = point_at(view.result(row).get("curve") or (), 1.0)
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=at_one["objective"]))

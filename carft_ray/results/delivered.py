@@ -1,9 +1,9 @@
 """The model that a study delivers: one training and its alpha. `test` measures this file, and `export` writes it.
 
-Before a `confirm` it is the best trial. After one it is the best on validation of the winner's trainings, the search's
-own and those with fresh seeds, at the winner's alpha. Each baseline delivers a model by the same rule. A read of the
-test sets fixes all of them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From
-then on the delivered model is the one of the last read.
+Before a `confirm` it is the best on validation of the trainings of the best values, at their alpha. After one those
+with fresh seeds take part, too. Each baseline delivers a model by the same rule. A read of the test sets fixes all of
+them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From then on the delivered
+model is the one of the last read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,9 +69,17 @@ def models_of_search(study: Snapshot) -> list[Model]:
         NoSuccessfulTrialError: No trial has finished.
         StorageError: A result is missing or damaged.
     """
-    found = [(require_finished(study.study_dir, study.best), "winner", study.num_finished)]
-    found += [(row, "baseline", int(row.name != ZERO_SHOT)) for row in study.baselines if row.objective is not None]
-    return [_model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num) for row, role, num in found]
+    found = [(require_finished(study.study_dir, study.best), "winner")]
+    found += [(row, "baseline") for row in study.baselines if row.objective is not None]
+    models = []
+    for first, role in found:
+        trained = study.trainings_of(first)
+        kept = [row for row in trained if files.exists(row.place(study.study_dir) / WEIGHTS)] or trained
+        row = max(kept, key=lambda row: row.objective or 0.0)
+        num = study.num_finished if role == "winner" else len(trained) * (first.name != ZERO_SHOT)
+        name = first.name if role == "baseline" else ""
+        models.append(_model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num, name))
+    return models
 
 
 def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> list[Model]:
@@ -83,7 +91,7 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
         StorageError: A result is missing or damaged.
     """
     last, study_dir = second or first, study.study_dir
-    own = {row.name: row for row in (*study.baselines, *study.trials) if row.outcome == "complete"}
+    own = {row.name: study.trainings_of(row) for row in (*study.baselines, *study.trials) if row.outcome == "complete"}
     if not any(row.role == "winner" and trained for row, trained in whole_rows(last, study.confirmations)):
         return []
     complete = {row.name: row for row in study.confirmations if row.outcome == "complete"}
@@ -96,8 +104,8 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
         if row.role not in ("winner", "baseline") or row.name.endswith(AT_ONE):
             continue
         if row.training is None and row.name in own:
-            found.append(_model(study_dir, own[row.name], row.role, 0.0, row.objective, 0))
-        elif trained := [*([own[row.name]] if row.name in own else []), *fresh[row.name]]:
+            found.append(_model(study_dir, own[row.name][0], row.role, 0.0, row.objective, 0))
+        elif trained := [*own.get(row.name, ()), *fresh[row.name]]:
             counted = {each.name for each in fresh[row.name]}
             if second and row.role == "winner":  # ``chosen_from`` has those that chose it
                 counted -= first.trainings().keys()

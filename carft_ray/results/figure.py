@@ -264,7 +264,7 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            if num_finished(study.rows()) > num_before:
+            if num_finished(study.searched()) > num_before:
                 _draw(study)
         raise
     _draw(study)
@@ -272,7 +272,8 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
 
 def _draw(study: Study) -> None:
     if not study.log.is_lost and best_row(study.rows()) is not None:
-        figure = study_figure(study.recipe, study.study_dir, study.rows(), study.rows("baseline"))
+        now = study.snapshot()
+        figure = study_figure(study.recipe, study.study_dir, now.trials, now.baselines)
         write(figure, study.study_dir / FIGURE_PNG, study.study_dir / FIGURE_SVG)
 
 

@@ -1,4 +1,4 @@
-"""What a study's numbers are worth (`report`): the best as measured and corrected for the choice, the headline, tables.
+"""What a study's numbers are worth (`report`): the best as measured and expected, the headline, tables.
 
 Everything is read from stored validation predictions; no test set is opened. The tables may be written as CSV files.
 """
@@ -21,13 +21,13 @@ from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirm_numbers import confirm_lines
-from carft_ray.results.confirm_plan import last_stage, read_plan
+from carft_ray.results.confirm_plan import last_stage
 from carft_ray.results.delivered import STANDING, delivered
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
-from carft_ray.results.reading.status_and_ls import front_data, front_lines
+from carft_ray.results.reading.status_and_ls import expected_data, expected_lines, front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.selection_bias import correct_best, ranking_noise
-from carft_ray.results.stored import Chosen, of_search, read_compared, read_stored, trials_of
+from carft_ray.results.stored import Chosen, of_search, read_compared, read_stored
 from carft_ray.results.test_summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
@@ -127,36 +127,21 @@ def _later_lines(study_dir: Path, best: str) -> list[str]:
 def _by_one_number(
     view: Overview, best: TrialRow, trials: Sequence[TrialRow], spec: ObjectiveSpec, chosen: Chosen
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what the best value is worth where one objective has chosen it, as data and as text.
+    """Returns what the best values are expected to measure, and the noise of the images, as data and as text.
 
-    Trials that miss constraints compete only where no trial meets them; ``corrected`` is over those that compete.
+    ``noise`` is that of the trials that compete: those that miss constraints do so only where no trial meets them.
     """
     competing = [row for row in trials if row.violation <= best.violation]
     objectives = [row.objective or 0.0 for row in competing]
-    again = [each for stage in read_plan(view.study_dir) or () if stage for each in trials_of(view, spec, stage)]
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
-    image, seed = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
-    corrected = correct_best(objectives, image + (seed or 0.0))
-    words = "image noise only" if seed is None else "image and seed noise"
-    covered = "only the images. The bias from the seeds remains; a confirm measures it"
-    if seed is not None:
-        covered = (
-            f"images and seeds (the seeds by {counted(len(dict(again)), 'confirmed configuration')}). This number and "
-            "those of confirm come from the images used for selection; those of test do not"
-        )
+    expected = expected_data(view)
     return (
-        {"noise": {"image": image, "seed": seed, "words": words}, "corrected": corrected},
-        [
-            f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
-            f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
-            f"Corrected: {100 * corrected['value']:.1f} %. The expected selection bias of the best of "
-            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected['optimism']:.1f} points. It "
-            f"covers {covered}. The choice of alpha on these images is not covered.",
-        ],
+        {"noise": ranking_noise(spec, objectives, correct)[0], "expected": expected},
+        expected_lines(expected),
     )
 
 
-def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+def _model(view: Overview, rows: Sequence[TrialRow], noise: float | None) -> tuple[dict[str, Any], str]:
     """Returns the model that `export` writes, as data and as text.
 
     It was chosen by its objective, among all trainings and alphas that were tried: ``corrected`` is without the bias of
@@ -171,7 +156,7 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
     text = f"Model of `export`: {model['name']} at alpha {model['alpha']:.2f}, {STANDING[standing]}. Its objective is "
     text += f"{100 * model['objective']:.1f} % on the images that chose it"
     if noise is not None:
-        optimism = correct_best(tried, noise["image"])["optimism"]
+        optimism = correct_best(tried, noise)["optimism"]
         corrected = {"value": model["objective"] - optimism, "optimism": optimism, "num_tried": len(tried)}
         of = f"{counted(len(tried), 'value')}, each training at each alpha"
         text += f", {100 * corrected['value']:.1f} % without the selection bias of the best of {of}"
@@ -179,10 +164,10 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: Mapping[str, Any] | 
 
 
 def _by_front(best: TrialRow, front: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns what is known of the best point of a front; ``corrected`` belongs to a choice by one number."""
+    """Returns what is known of the best point of a front; the expected objective belongs to a choice by one number."""
     pair = f"ID {100 * best.metrics['id_accuracy']:.1f} %, OOD {100 * best.metrics['ood_accuracy']:.1f} %"
     return (
-        {"noise": None, "corrected": None},
+        {"noise": None, "expected": None},
         [
             *front_lines(front),
             f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, {pair}. It was chosen by these numbers, so "

@@ -1,8 +1,8 @@
 """Ranking the trials of a study again under another objective, from their stored validation predictions.
 
 No image, GPU or torch is needed, and nothing in the study changes: the alpha curve, the choice of alpha and the
-objective are made anew from ``predictions/validation.parquet`` of every finished trial. With the recipe's own objective
-they are exactly those that the search stored.
+objective are made anew from ``predictions/validation.parquet`` of every finished trial, and so is what its values are
+expected to measure. With the recipe's own objective they are exactly those of the study.
 
 Constraints of the recipe hold here as in the search. In a Pareto search every trial has a whole alpha curve, and alpha
 is chosen from its grid as in mode ``profile``.
@@ -13,16 +13,19 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from carft_ray.errors import HoldOutError, Problem, UsageError, nearest
-from carft_ray.evaluation.alpha_curve import Limit, Point, choose_point, curve_points, limits
+from carft_ray.evaluation.alpha_curve import Limit, choose_point, curve_points, limits
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.search import total_violation, violations
+from carft_ray.recipe.schema.search import violations
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.study.attributes import ROUNDING
+from carft_ray.study.expected import expectation, stand
 from carft_ray.study.place import named
 from carft_ray.study.rows import best_first, predictions_path, require_finished
 from carft_ray.study.training import TrialRow, result_of
+from carft_ray.study.typed import FAILED
 
 NOTE = (
     "The study was not changed. Its own objective guided the sampler and chose the best trial. Each ranking by another "
@@ -90,9 +93,14 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
     references = result_of(view.study_dir, finished[0]).get("references", {})  # the same for all trials
     bounds = limits(view.recipe.search.constraints, references)
-    points = [(row, rescore_row(view, row, spec, bounds)) for row in finished]
-    points.sort(key=lambda pair: (total_violation(pair[1]), -pair[1]["objective"], pair[0].number))
-    old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
+    trials = [rescore_row(view, row, spec, bounds) for row in finished]
+    baselines = [rescore_row(view, row, spec) for row in (*view.baselines, *view.repeats) if row.outcome == "complete"]
+    if view.expected is not None:
+        failed = [row for row in view.trials if row.outcome in FAILED]
+        found = expectation(view.recipe, [*trials, *failed], baselines)
+        trials, baselines = stand(trials, found), stand(baselines, found)
+    old: dict[str, tuple[int | None, TrialRow]] = {row.name: (None, row) for row in view.baselines}
+    old |= {row.name: (rank, row) for rank, row in enumerate(best_first(finished), start=1)}
     return {
         "study": named(view.study_dir),
         "objective": _words(spec),
@@ -100,30 +108,31 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         "constraints": [limit.name for limit in bounds],
         "note": NOTE,
         "study_changed": False,
-        "baselines": [_data(row, rescore_row(view, row, spec)) for row in view.baselines if row.outcome == "complete"],
-        "trials": [_data(row, point, old[row.number], rank) for rank, (row, point) in enumerate(points, start=1)],
+        "baselines": [_data(row, *old[row.name]) for row in baselines if not row.repeat_of],
+        "trials": [_data(row, *old[row.name], rank) for rank, row in enumerate(best_first(trials), start=1)],
         "unfinished": len(view.trials) - len(finished),
     }
 
 
-def _data(row: TrialRow, point: Point, old_rank: int | None = None, new_rank: int | None = None) -> dict[str, Any]:
+def _data(row: TrialRow, old_rank: int | None, old: TrialRow, new_rank: int | None = None) -> dict[str, Any]:
     return {
         "name": row.name,
         "values": row.values,
         "old_rank": old_rank,
         "new_rank": new_rank,
-        "old_alpha": row.alpha,
-        "old_objective": row.objective,
-        "alpha": point["alpha"],
-        "id_accuracy": point["id_accuracy"],
-        "ood_accuracy": point.get("ood_accuracy"),
-        "objective": point["objective"],
-        "violations": violations(point),
+        "old_alpha": old.alpha,
+        "old_objective": old.objective,
+        "alpha": row.alpha,
+        "id_accuracy": row.metrics["id_accuracy"],
+        "ood_accuracy": row.metrics.get("ood_accuracy"),
+        "objective": row.objective,
+        "expected": row.expected,
+        "violations": violations(row.metrics),
     }
 
 
-def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> Point:
-    """Returns the point of one finished trial or baseline under an objective, chosen the way its training did.
+def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> TrialRow:
+    """Returns a finished trial or baseline under an objective, at the alpha that is chosen the way its training did.
 
     A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays.
 
@@ -138,9 +147,13 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     """
     table, alpha = read_predictions(predictions_path(view.study_dir, row)), view.recipe.search.alpha
     fixed = apply(view.recipe, row.values).train.alpha
-    if fixed is None or (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
-        return choose_point(curve_points(dict.fromkeys(alpha.measured, table), spec, bounds), alpha.lowest)
-    return curve_points({fixed: table}, spec, bounds)[0]
+    is_free = fixed is None or (row.kind == "trial" and view.recipe.search.objective.kind == "pareto")
+    points = curve_points(dict.fromkeys(alpha.measured if is_free else [fixed or 0.0], table), spec, bounds)
+    chosen = choose_point(points, alpha.lowest) if is_free else points[0]
+    allowed = tuple(point for point in points if point["alpha"] >= alpha.lowest - ROUNDING)
+    metrics = {name: value for name, value in chosen.items() if name not in ("alpha", "objective")}
+    now = replace(row, alpha=chosen["alpha"], objective=chosen["objective"], metrics=metrics, points=allowed)
+    return replace(now, standing=0, order=None, expected=None)
 
 
 def _words(spec: ObjectiveSpec) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a search has found, as data: rows for tables and JSON."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from carft_ray.launch.command import Ran
@@ -26,7 +27,8 @@ from carft_ray.words import counted
 def search_summary(ran: Ran) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum a search up."""
     study = ran.study
-    view, recipe = Overview(study.study_dir, study.log, study.recipe, study.trials, study.baselines), study.recipe
+    names = [each.name for each in fields(Snapshot)]
+    view, recipe = Overview(**{name: getattr(study, name) for name in names}), study.recipe
     rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
     expected = expected_data(study)
     return {
@@ -60,18 +62,17 @@ def budget_line(ran: Ran) -> str:
 def _lines(study: Snapshot, expected: Mapping[str, Any] | None) -> list[str]:
     recipe, best = study.recipe, require_finished(study.study_dir, study.best)
     front = front_data(recipe, study.trials)
-    value = f"objective {100 * (best.objective or 0):.1f} %"
+    lines = expected_lines(expected)
     if front is not None:
-        pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
-        value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
+        pair = f"ID {100 * best.metrics['id_accuracy']:.1f} % and OOD {100 * best.metrics['ood_accuracy']:.1f} %"
+        lines = [f"Best: {best.name}, {pair} at alpha {best.alpha or 0:.2f}."]
     rivals = [row for row in study.baselines if row.objective is not None]
     spec, chosen, _ = read_stored(study.study_dir, [best, *rivals], recipe)
     return [
         *front_lines(front),
         *constraint_lines(best),
-        f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
+        *lines,
         *headline_lines(of_search(recipe, spec, best, rivals, chosen)),
-        "The best trial was chosen by these numbers, so they are too high; none is from a test set.",
-        *expected_lines(expected),
+        "Measured numbers of the best trial helped to choose it, so they are too high; none is from a test set.",
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

@@ -14,8 +14,10 @@ from carft_ray.recipe.loading import apply, dump_recipe, trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violation_words
 from carft_ray.store.folder import Store
-from carft_ray.study.pareto_front import front_rule, stand
-from carft_ray.study.rows import best_first, best_row
+from carft_ray.study import pareto_front
+from carft_ray.study.expected import Expectation, expectation, stand
+from carft_ray.study.pareto_front import front_rule
+from carft_ray.study.rows import best_row, rank
 from carft_ray.study.training import TrialRow
 
 OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is one of the best
@@ -23,11 +25,11 @@ OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is on
 
 class Retention:
     """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials, of those that the ledger has fixed,
-    and of all baselines, no others.
+    and of the best training of each baseline, no others.
 
-    Of a failed or cut training no attempt's files stay, of a complete one those of its result, without checkpoints. In
-    a Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
-    front never comes back.
+    The best trials are those of the values that are expected to be best, of equal values the ones that measured most
+    at their alpha. Of a failed or cut training no attempt's files stay, of a complete one those of its result, without
+    checkpoints. In a Pareto search those of all trainings on the front stay, since the best point moves along it.
 
     Args:
         study_dir: The study directory.
@@ -39,8 +41,11 @@ class Retention:
     def __init__(self, study_dir: Path, recipe: Recipe, store: Store, fixed: Collection[str] = ()) -> None:
         self._study_dir, self._recipe, self._store = study_dir, recipe, store
         self._rule, self._fixed = front_rule(recipe.search), fixed
-        self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
-        self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
+        self._rows: dict[str, TrialRow] = {}  # trials and baselines that have ended, by folder
+        self._ranking: tuple[list[TrialRow], list[TrialRow]] = [], []  # of which rows, and these from the best down
+        self._expected: Expectation | None = None  # of these rows
+        self._gone: set[str] = set()  # folders of those whose weights were removed
+        self._noted: tuple[str, float | None, float | None] | None = None  # what best.yaml says
 
     def ended(self, row: TrialRow) -> None:
         """Removes what is not kept any longer, now that a training has ended."""
@@ -56,23 +61,40 @@ class Retention:
                 self._remove(place)
             elif what.startswith(STEP) or what in (OWN, ROWS):
                 self._remove(f"{place}/{what}")
-        if row.outcome == "complete" and row.kind == "trial":
-            self._kept[row.name] = row
-            for worse in self._worse(self._kept):
-                del self._kept[worse.name]
+        if row.kind != "confirm":
+            self._rows[row.training] = row
+
+    def keep_best(self) -> None:
+        """Removes weights and thumbnails of what is not among the best any longer; writes ``best.yaml`` if it changed.
+
+        Call it once all trainings that have ended are known.
+        """
+        for worse in self._worse(self._rows):
+            if worse.training not in self._gone:
                 for name in OF_THE_BEST:
                     self._remove(f"{worse.attempt_name}/{name}")
+                self._gone.add(worse.training)
+        best = self.best()
+        if best is not None and (now := (best.name, best.alpha, best.expected)) != self._noted:
+            write_best(self._study_dir, self._recipe, best)
+            self._noted = now
 
     def foresee(self, row: TrialRow) -> None:
-        """Of a complete training whose end is not written yet, has copies leave out what ``ended`` will remove."""
-        if row.kind == "trial" and row.name in [worse.name for worse in self._worse({**self._kept, row.name: row})]:
+        """Of a complete training whose end is not written yet, has copies leave out what ``keep_best`` will remove."""
+        if row.training in [worse.training for worse in self._worse({**self._rows, row.training: row})]:
             for name in OF_THE_BEST:
                 self._store.forget_files(f"{row.attempt_name}/{name}")
 
     def _worse(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
-        """Returns the trials among those by name whose weights do not stay."""
-        ranked = best_first(self._ranked(rows))
-        worse = ranked[self._recipe.search.keep_checkpoints :]
+        """Returns the trials and baselines among those by folder whose weights do not stay."""
+        ranked = self._ranked(rows)
+        trials = [row for row in ranked if row.kind == "trial"]
+        repeated, worse = set[str](), trials[self._recipe.search.keep_checkpoints :]
+        for row in ranked:
+            if row.kind == "baseline":
+                values = row.repeat_of or row.name
+                worse += [row] if values in repeated else []
+                repeated.add(values)
         return [row for row in worse if not row.standing and row.name not in self._fixed]
 
     def _remove(self, name: str) -> None:
@@ -83,38 +105,53 @@ class Retention:
         else:
             files.remove(path)
 
-    def note_best(self) -> None:
-        """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
-        best = self.best()
-        if best is not None and (best.name, best.alpha) != self._noted:
-            write_best(self._study_dir, self._recipe, best)
-            self._noted = best.name, best.alpha
+    def expected(self) -> Expectation | None:
+        """Returns what is expected of the values that were tried, by the trainings that have ended."""
+        self._ranked(self._rows)
+        return self._expected
 
     def best(self) -> TrialRow | None:
-        """Returns the best of the trials that have ended, with its standing in a Pareto search.
+        """Returns the best of the trials that have ended, with its standing in a Pareto search."""
+        return best_row(row for row in self.ranked() if row.kind == "trial")
 
-        What is not kept is neither on the front nor will be, so it counts for nothing: no trial is looked at twice.
-        """
-        return best_row(self._ranked(self._kept))
+    def ranked(self) -> list[TrialRow]:
+        """Returns the complete trials and baselines from the best down, with what is expected of their values."""
+        return self._ranked(self._rows)
 
     def _ranked(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
-        kept = sorted(rows.values(), key=lambda row: row.number)  # of equal points the first one counts
-        return kept if self._rule is None else stand(kept, self._rule)
+        """Returns the complete rows, from the best down; of equal values those first that measured most."""
+        given = sorted(rows.values(), key=lambda row: row.number)  # of equal points the first one counts
+        if given != self._ranking[0]:
+            trials, baselines = ([row for row in given if row.kind == kind] for kind in ("trial", "baseline"))
+            if self._rule is None:
+                self._expected = found = expectation(self._recipe, trials, baselines)
+                stood = [*stand(trials, found), *stand(baselines, found)]
+            else:
+                stood = [*pareto_front.stand(trials, self._rule), *baselines]
+            complete = [row for row in stood if row.outcome == "complete"]
+            self._ranking = (
+                given,
+                sorted(complete, key=lambda row: (*rank(row)[:-1], -(row.objective or 0), row.number)),
+            )
+        return self._ranking[1]
 
 
 def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:
-    """Writes the best trial as a recipe, with its alpha fixed; where the file says the same, nothing is written.
+    """Writes the best values as a recipe, with their alpha fixed; where the file says the same, nothing is written.
 
     Args:
         study_dir: The study directory.
         recipe: Of the study, with absolute paths.
-        best: The trial, with its standing in a Pareto search.
+        best: Their first trial, with its standing in a Pareto search.
 
     Raises:
         StorageError: It cannot be read or written.
     """
     trust = trust_word(recipe)
-    head = f"# The best trial of this study, {best.name}. Run it: carft-ray train {BEST} --out FOLDER{trust}\n"
+    head = f"# The best values of this study, of {best.name}. Train them: carft-ray train {BEST} --out FOLDER{trust}\n"
+    if best.expected is not None:
+        expected, measured = 100 * best.expected, 100 * (best.objective or 0.0)
+        head += f"# Expected objective with a new seed: {expected:.1f} %; {best.name} measured {measured:.1f} %.\n"
     head += "".join(f"# {line}\n" for line in constraint_lines(best))
     if not recipe.data.ood_val:
         head += "# Selected on ID only: the recipe has no ood_val.\n"

@@ -35,7 +35,7 @@ from carft_ray.study import pareto_front, warm_start
 from carft_ray.study.proposals import optuna_samplers
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
-from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of
+from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of, values_of
 from carft_ray.study.training import Kind, TrialRow, TrialSpec
 
 
@@ -94,17 +94,30 @@ class Journal:
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
         """Enters a training with given values."""
+        return self._add(kind, {attr.NAME: name, attr.VALUES: values})
+
+    def repeat(self, first: TrialRow, seed: int) -> TrialSpec:
+        """Enters a training of the same values with another seed."""
+        attributes: dict[str, Any] = {attr.REPEAT_OF: first.name, attr.SEED: seed}
+        values = {name: value for name, value in first.values.items() if name != "seed"}
+        if first.kind != "trial":
+            return self._add(first.kind, {attr.NAME: f"{first.name}-seed{seed}", attr.VALUES: values, **attributes})
+        trials = self.studies["trial"].get_trials(deepcopy=False)
+        [frozen] = (trial for trial in trials if trial.number == first.number)
+        attributes[attr.NAME] = trial_name(len(trials), {**values, "seed": seed})
+        return self._add("trial", attributes, params=frozen.params, distributions=frozen.distributions)
+
+    def _add(self, kind: Kind, attributes: Mapping[str, Any], **drawn: Any) -> TrialSpec:
         study = self.studies[kind]
-        frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={attr.NAME: name, attr.VALUES: values})
-        study.add_trial(frozen)
+        study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes), **drawn))
         return self._spec(kind, study.get_trials(deepcopy=False)[-1])
 
     def _spec(self, kind: Kind, trial: FrozenTrial) -> TrialSpec:
-        attributes, names = trial.user_attrs, self._recipe.search.space
-        drawn = {name: trial.params[name] for name in names if name in trial.params}
+        attributes, values = trial.user_attrs, values_of(trial)
+        places = {name: place for place, name in enumerate(self._recipe.search.space)}
+        values = dict(sorted(values.items(), key=lambda pair: places.get(pair[0], len(places))))
         self._ids[kind, trial.number] = trial_id(trial)
-        name, values = attributes.get(attr.NAME, ""), attributes.get(attr.VALUES, drawn)
-        return TrialSpec(kind, trial.number, name, values, attributes.get(attr.ATTEMPT, 0))
+        return TrialSpec(kind, trial.number, attributes.get(attr.NAME, ""), values, attributes.get(attr.ATTEMPT, 0))
 
     def _trial(self, spec: TrialSpec) -> FrozenTrial:
         return self._storage.get_trial(self._ids[spec.kind, spec.number])

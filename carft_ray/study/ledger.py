@@ -32,7 +32,7 @@ from carft_ray.study import typed
 from carft_ray.study.holding import is_study
 from carft_ray.study.recipe_identity import read_manifest
 from carft_ray.study.records import LEDGER, TEST_SETS, all_of, last_of
-from carft_ray.study.rows import all_rows
+from carft_ray.study.rows import all_rows, searched
 from carft_ray.study.training import TrialRow
 
 Purpose = Literal["winner fixed", "test", "search went on"]
@@ -261,13 +261,14 @@ def going_on(
     if not (reads := reads_of(entries)):
         return None
     by_kind, wanted, given = all_rows(storage), space.num_trials(recipe), recipe.search.baselines
-    if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted, given):
+    trials = searched(by_kind["trial"], by_kind["baseline"])
+    if not needs_reason(entries, trials, by_kind["baseline"], wanted, given):
         return None
     if reason is None:
         rule = f"its test sets were read: {describe(reads[-1])}; what was seen may influence later trials"
         step = "To continue, add --again REASON; every report will show the reason."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
-    return {"trials": wanted, "trials_before": len(by_kind["trial"]), "baselines": sorted(given)}
+    return {"trials": wanted, "trials_before": len(trials), "baselines": sorted(given)}
 
 
 def needs_reason(

@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
-SAME_NAMES = (attr.ALPHA, attr.AT_CHANCE, attr.DIGEST, attr.MEASURED)  # attributes that a row has, too
+SAME_NAMES = (attr.ALPHA, attr.AT_CHANCE, attr.DIGEST, attr.MEASURED, attr.REPEAT_OF)  # attributes that a row has, too
 
 
 def all_rows(storage: JournalStorage) -> dict[Kind, list[TrialRow]]:
@@ -46,9 +46,11 @@ def rank(row: TrialRow) -> tuple[float, ...]:
     """Returns what the best row has least of.
 
     Rows that meet all constraints come before those that do not, and of these the less violating first. Then the
-    standing of a Pareto search counts, then the objective.
+    expected objective of their values counts. Where it is not known, it is the standing of a Pareto search, then the
+    objective.
     """
-    return row.objective is None, row.violation, -row.standing, -(row.objective or 0.0), row.number
+    measured = row.violation, -row.standing, -(row.objective or 0.0)
+    return row.objective is None, *(measured if row.order is None else row.order), row.number
 
 
 def require_finished(study_dir: Path, found: Found | None) -> Found:
@@ -61,6 +63,11 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
         step = f"Continue it: {resume_command(study_dir)}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
     return found
+
+
+def searched(trials: Iterable[TrialRow], baselines: Iterable[TrialRow]) -> list[TrialRow]:
+    """Returns the trainings that count as trials of a search: repeats of baselines, too."""
+    return [*trials, *(row for row in baselines if row.repeat_of)]
 
 
 def num_finished(rows: Iterable[TrialRow]) -> int:
@@ -126,7 +133,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         kind=kind,
         number=trial.number,
         name=attributes.get(attr.NAME, f"t{trial.number:04d}"),
-        values=dict(attributes.get(attr.VALUES, trial.params)),
+        values=values_of(trial),
         outcome=attributes.get(attr.OUTCOME, "error") if finished else "running",
         attempt=attempt,
         has_ended=str(attempt) in spent,
@@ -142,6 +149,13 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         set_aside=not finished and bool(attributes.get(attr.SET_ASIDE)),
         **{name: attributes[name] for name in SAME_NAMES if name in attributes},
     )
+
+
+def values_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Returns the values of a training over the recipe's ``train``."""
+    attributes = trial.user_attrs
+    seed = {"seed": attributes[attr.SEED]} if attr.SEED in attributes else {}
+    return {**attributes.get(attr.VALUES, trial.params), **seed}
 
 
 def _checked(kind: Kind, trial: FrozenTrial) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A study at one moment, read once from its log: nothing is claimed, and nothing written."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log, log_of
-from carft_ray.study.expected import Expectation, expectation
+from carft_ray.study.expected import Expectation, expectation, stand
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import Entry, read_ledger
 from carft_ray.study.pareto_front import front_rule
@@ -25,9 +26,12 @@ class Snapshot:
         study_dir: The study directory.
         log: As far as it was read.
         recipe: Of the last search, or of the command that holds the study.
-        trials: In the order of their numbers; ``running`` ones may run, wait, or belong to a dead search.
-        baselines: Zero-shot and the recipe's baselines.
+        trials: In the order of their numbers; ``running`` ones may run, wait, or belong to a dead search. Complete ones
+            stand at the alpha of their values (``study.expected``), of a Pareto search at their point of the front.
+        baselines: Zero-shot and the recipe's baselines, without their repeats.
         confirmations: Trainings with fresh seeds, of a confirm; none before one has begun.
+        repeats: Of the baselines.
+        expected: Of its tried values; None before a trial is complete, and of a Pareto search.
     """
 
     study_dir: Path
@@ -36,16 +40,21 @@ class Snapshot:
     trials: list[TrialRow]
     baselines: list[TrialRow]
     confirmations: list[TrialRow] = field(default_factory=list)
+    repeats: list[TrialRow] = field(default_factory=list)
+    expected: Expectation | None = None
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
-        """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
+        """The first training of the best values (``study.rows.rank``); of a Pareto search the training at its best
+        point."""
         return best_row(self.trials)
 
-    @functools.cached_property
-    def expected(self) -> Expectation | None:
-        """What its tried values are expected to measure; None before a trial is complete, and of a Pareto search."""
-        return None if front_rule(self.recipe.search) else expectation(self.recipe, self.trials, self.baselines)
+    def trainings_of(self, row: TrialRow) -> list[TrialRow]:
+        """Returns the complete trainings of a row's values, itself among them."""
+        each = self.expected.by_name.get(row.name) if self.expected else None
+        names = each.names if each else ()
+        found = [one for one in (*self.trials, *self.baselines, *self.repeats) if one.name in names]
+        return found if row in found else [row]
 
     @functools.cached_property
     def ledger(self) -> list[Entry]:
@@ -59,12 +68,12 @@ class Snapshot:
     @property
     def rows(self) -> list[TrialRow]:
         """All trainings: baselines, trials, and those of a confirm."""
-        return [*self.baselines, *self.trials, *self.confirmations]
+        return [*self.baselines, *self.repeats, *self.trials, *self.confirmations]
 
     @property
     def num_finished(self) -> int:
-        """Trials that have ended, well or not."""
-        return num_finished(self.trials)
+        """Trials that have ended, well or not; repeats of baselines are among them."""
+        return num_finished([*self.trials, *self.repeats])
 
     def of(self, kind: Kind) -> list[TrialRow]:
         """Returns the trainings of a kind."""
@@ -86,4 +95,21 @@ def snapshot(study_dir: Path, log: Log | None = None) -> Snapshot:
     log = log or log_of(study_dir)
     with readable(log) as storage:
         rows = all_rows(storage)
-    return Snapshot(study_dir, log, study_recipe(study_dir, log), rows["trial"], rows["baseline"], rows["confirm"])
+    return standing(study_dir, log, study_recipe(study_dir, log), rows)
+
+
+def standing(study_dir: Path, log: Log, recipe: Recipe, rows: Mapping[Kind, list[TrialRow]]) -> Snapshot:
+    """Returns a study with what its values are expected to measure.
+
+    Args:
+        study_dir: The study directory.
+        log: Its log.
+        recipe: Of the study.
+        rows: Its trainings, as the log has them.
+    """
+    trials, baselines = rows["trial"], rows["baseline"]
+    found = None if front_rule(recipe.search) else expectation(recipe, trials, baselines)
+    trials, baselines = stand(trials, found), stand(baselines, found)
+    first = [row for row in baselines if not row.repeat_of]
+    repeats = [row for row in baselines if row.repeat_of]
+    return Snapshot(study_dir, log, recipe, trials, first, rows["confirm"], repeats, found)

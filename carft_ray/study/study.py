@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.layout import COMMITS, LOG, METRICS, RESULT
+from carft_ray.recipe.rules import startup_trials
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store import attempt_files
 from carft_ray.store.attempt_files import append_log, progress_of, read_result, reported_rows
@@ -38,8 +39,9 @@ from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
 from carft_ray.study.ledger import fixed_trials
 from carft_ray.study.proposals import optuna_samplers, pruning
+from carft_ray.study.proposals.repeats import Repeat, next_repeat
 from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
-from carft_ray.study.snapshot import Snapshot
+from carft_ray.study.snapshot import Snapshot, standing
 from carft_ray.study.training import Cut, Failure, Kind, TrialRow, TrialSpec
 
 CODE = ("function", "function_dir")  # keys of ``train`` that name code
@@ -74,6 +76,7 @@ class Study:
         self.retention = Retention(study_dir, recipe, log.store, fixed_trials(log))
         self._references: dict[str, float] = {}  # ID accuracies of the baselines that constraints name, once known
         self.asks = True  # whether the sampler proposes new trials
+        self.end: int | None = None  # at how many trials the budget is expected to end the search
         self.waiting: deque[TrialSpec] = deque()
         self._last_steps: dict[str, float] = {}  # of the rows of trainings, by folder
         self.knows_all = False  # whether all trials were retained or not, as they are once the study is recovered
@@ -81,8 +84,8 @@ class Study:
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
 
-        Baselines come first, then recovered trials, then new ones until the recipe's number is reached. No trial starts
-        before the baselines that a constraint names have finished.
+        Baselines come first, then recovered trials, then new ones and repeats until the recipe's number is reached. No
+        trial starts before the baselines that a constraint names have finished.
 
         Raises:
             NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
@@ -94,8 +97,9 @@ class Study:
             self.waiting.remove(waiting)
         elif self.waiting or not (self._wants_more() and self._may_try()):
             return None
+        repeat = None if waiting else self._repeat()
         with self.log.commit():
-            begun = waiting or self.journal.ask()
+            begun = waiting or (self.journal.repeat(repeat.first, repeat.seed) if repeat else self.journal.ask())
             spec = replace(begun, attempt=begun.attempt + 1, references=self._references)
             self.journal.note(spec, {attr.ATTEMPT: spec.attempt})
         return spec
@@ -147,15 +151,15 @@ class Study:
         as is what comes after a cut.
 
         Args:
-            spec: The attempt; only trials are ever cut.
+            spec: The attempt; only trials are ever cut, and no repeats.
             line: A line of its ``metrics.jsonl``.
 
         Returns:
             Why the training is cut: it must be told to end. None: it continues.
         """
         pruner = self.recipe.search.pruner
-        if spec.kind != "trial" or pruner.name == "none":
-            return None
+        if spec.kind != "trial" or pruner.name == "none" or self.journal.attribute(spec, attr.REPEAT_OF):
+            return None  # a repeat that ended early would hide that its values are worse
         found, known = pruning.intermediate_value(self.recipe, spec.values, line), self.journal.pruner_trials()
         before = known[spec.number].intermediate_values if spec.number in known else {}
         if found is None or found[0] in before:
@@ -235,8 +239,8 @@ class Study:
 
     def _ended(self, row: TrialRow) -> TrialRow:
         self.retention.ended(row)
-        if row.kind == "trial" and self.knows_all:
-            self.retention.note_best()
+        if row.kind != "confirm" and self.knows_all:
+            self.retention.keep_best()
         return row
 
     def lost(self, spec: TrialSpec, reason: str, details: str = "") -> Literal["advanced", "repeated", "set aside"]:
@@ -311,8 +315,11 @@ class Study:
 
     def snapshot(self) -> Snapshot:
         """Returns the study as it is now."""
-        found = rows.all_rows(self._storage)
-        return Snapshot(self.study_dir, self.log, self.recipe, found["trial"], found["baseline"], found["confirm"])
+        return standing(self.study_dir, self.log, self.recipe, rows.all_rows(self._storage))
+
+    def searched(self) -> list[TrialRow]:
+        """Returns the trainings that count as trials of the search (``rows.searched``)."""
+        return rows.searched(self.rows(), self.rows("baseline"))
 
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
@@ -341,9 +348,30 @@ class Study:
         return True
 
     def _wants_more(self) -> bool:
+        study, baselines = (self.journal.studies[kind] for kind in ("trial", "baseline"))
+        repeats = sum(attr.REPEAT_OF in trial.user_attrs for trial in trainings(baselines))
+        begun = len(trainings(study)) + repeats
+        more = self.asks and begun < self.recipe.search.trials and not self._is_worth_less(begun)
+        return more and (not optuna_samplers.used_up(study, self.recipe) or self._repeat() is not None)
+
+    def _is_worth_less(self, begun: int) -> bool:
+        """Tells whether ``search.stop_gain`` ends the search; not before the sampler has begun."""
+        limit = self.recipe.search.stop_gain
+        if limit is None or begun < startup_trials(self.recipe):
+            return False
+        expected = self.retention.expected()
+        return expected is not None and expected.is_worth_less(limit)
+
+    def _repeat(self) -> Repeat | None:
+        """Returns which training is repeated next; None if new values are next."""
         study = self.journal.studies["trial"]
-        more = self.asks and len(trainings(study)) < self.recipe.search.trials
-        return more and not optuna_samplers.used_up(study, self.recipe)
+        if not self.recipe.search.repeats or optuna_samplers.points_left(study, self.recipe):
+            return None
+        ended = optuna_samplers.used_up(study, self.recipe)
+        if self.recipe.search.sampler.name == "grid" and not ended:
+            return None
+        expected = self.retention.expected()
+        return next_repeat(self.recipe, self.rows(), self.rows("baseline"), expected, 0 if ended else self.end)
 
     def enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""

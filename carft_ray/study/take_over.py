@@ -29,7 +29,7 @@ def recover_running(study: Study) -> list[TrialRow]:
     ended = recover(study, "baseline") + recover(study, "trial")
     study.notes += study.journal.take_in(study.sources)
     study.knows_all = True
-    study.retention.note_best()
+    study.retention.keep_best()
     return ended
 
 

@@ -73,7 +73,11 @@ class TrialRow(TrialSpec):
         at_chance: The fine-tuned weights, alpha 1, are not shown to be above chance; of zero-shot: it is not.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
-        points: ``alpha`` and metrics of each point of its curve that may be chosen; of trials and baselines.
+        points: ``alpha`` and metrics of each point of its curve that may be chosen; of trials and baselines. With
+            ``expected`` the row stands at the alpha of its values: ``alpha``, ``objective`` and ``metrics``.
+        repeat_of: The first training of the same values, which this one repeats with another seed; empty for none.
+        expected: What a training of its values with a new seed is expected to measure (``study.expected``), a fraction.
+        order: What the best values have least of, where that is known.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``pareto_front``).
     """
@@ -88,6 +92,9 @@ class TrialRow(TrialSpec):
     outside: bool = False
     digest: str = ""
     points: tuple[dict[str, float], ...] = ()
+    repeat_of: str = ""
+    expected: float | None = None
+    order: tuple[float, float, float] | None = None
     standing: int = 0
     intermediate_values: dict[int, float] = field(default_factory=dict)  # percent of schedule -> objective
     at_chance: bool = False

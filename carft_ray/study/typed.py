@@ -60,6 +60,8 @@ class Attributes(_Strict):
     elapsed_s: Seconds | None = None
     attempts_s: dict[str, Annotated[list[Seconds], Field(min_length=2, max_length=2)]] = {}
     digest: Words = ""
+    repeat_of: Words = ""
+    seed: Seed | None = None
     outside: Before | None = None
 
 

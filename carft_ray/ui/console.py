@@ -242,18 +242,18 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
+            ``best``; optionally ``expected``, ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
-    lines = []
+    has_expected, lines = any(row.get("expected") is not None for row in rows), []
     for row in rows:
         values = [value_text(row["values"].get(name, "")) for name in names]
         accuracies = [objective_cell(row["metrics"].get(name)) for name in ("id_accuracy", "ood_accuracy")]
         alpha = "" if row["alpha"] is None else f"{row['alpha']:.2f}"
         time = elapsed_cell(row["elapsed_s"])
-        objective = objective_cell(row["objective"])
-        lines.append([row["name"], *values, alpha, *accuracies, objective, time, _remark(row)])
-    titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
+        objectives = [objective_cell(row["objective"]), objective_cell(row.get("expected"))][: 1 + has_expected]
+        lines.append([row["name"], *values, alpha, *accuracies, *objectives, time, _remark(row)])
+    titles = numbers(*names, "alpha", "ID, %", "OOD, %", *("objective, %", "expected, %")[: 1 + has_expected], "time")
     return table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 NUM_BEST = 5  # rows of the best trials in the live table
 NUM_LATEST = 3  # and of those that ended last, where they fit
 BAR_WIDTH = 40
-MEASURED = ("epoch", "ID, %", "OOD, %", "objective, %", "time")  # columns
+EXPECTED = "expected, %"
+MEASURED = ("epoch", "ID, %", "OOD, %", "objective, %", EXPECTED, "time")  # columns
 _Line = tuple[dict[str, str], str]  # cells of a row by their columns, and its style
 
 
@@ -107,7 +108,11 @@ class SearchView:
         """Returns counts, the best trial and times, for where there is no terminal."""
         with self._lock:
             best = self._ranked(1)
-            found = [f"best {console.percent(best[0].objective or 0.0)} % ({best[0].name})"] if best else []
+            found = []
+            if best and best[0].expected is not None:
+                found = [f"expected best {console.percent(best[0].expected)} % ({best[0].name})"]
+            elif best:
+                found = [f"best {console.percent(best[0].objective or 0.0)} % ({best[0].name})"]
             return " · ".join([*self._pieces(), *found])
 
     def update(self, event: "Event") -> str | None:
@@ -141,6 +146,8 @@ class SearchView:
                 case events.BaselineFinished() | events.TrialFinished():
                     self._best = getattr(event, "best", "") or self._best
                     self._end(event.row)
+                    ranked = {(row.kind, row.name): row for row in getattr(event, "ranked", ())}
+                    self._rows |= {key: ranked[key] for key in self._rows if key in ranked}
                     return None if event.row.outcome in ("complete", "pruned") else event.line()
             return None
 
@@ -160,12 +167,13 @@ class SearchView:
 
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
         space = max(3, height - 9)  # lines but for header, notes, bar, last lines, and one above
-        baselines = [row for row in self._rows.values() if row.kind == "baseline"][: space // 4]
+        first = (row for row in self._rows.values() if row.kind == "baseline" and not row.repeat_of)
+        baselines = [*itertools.islice(first, space // 4)]
         best = self._ranked(min(NUM_BEST, max(1, space // 3)))
         running = list(self._running.values())
         shown = running[: max(1, space - len(baselines) - len(best))]
         left = min(NUM_LATEST, space - len(baselines) - len(best) - len(shown))
-        ended = (row for row in reversed(self._rows.values()) if row.kind == self._kind and row not in best)
+        ended = (row for row in reversed(self._rows.values()) if self._counts(row) and row not in best)
         latest = list(itertools.islice(ended, max(0, left)))
         if baselines or best or shown:
             star = ("★" if can_star else "*") if self._kind == "trial" else " "
@@ -188,7 +196,7 @@ class SearchView:
         spec, metrics = running.spec, running.metrics
         epoch = f"{metrics.get('epoch', 0):.0f}/{spec.values.get('epochs', self._num_epochs)}"
         names = ("id_accuracy", "ood_accuracy", "objective")
-        accuracies = [console.objective_cell(metrics.get(f"subset/{name}")) for name in names]
+        accuracies = [*(console.objective_cell(metrics.get(f"subset/{name}")) for name in names), ""]
         elapsed = console.duration(self._clock() - running.began)
         return _cells(f"  {spec.name}", spec.values, [epoch, *accuracies, elapsed]), "cyan"
 
@@ -202,15 +210,19 @@ class SearchView:
             key=lambda row: (row.name != self._best, *rank(row)) if self._kind == "trial" else (-row.number,),
         )  # the search names the best: of a front, one row does not show it; fresh seeds are no candidates
 
+    def _counts(self, row: "TrialRow") -> bool:
+        """Tells whether a row is one of the trainings of which there is a number; a repeat of a baseline is a trial."""
+        return row.kind == self._kind or (self._kind == "trial" and bool(row.repeat_of))
+
     def _bar(self, num_trials: int, width: int, can_draw: bool) -> Text:
-        ended = sum(row.kind == self._kind for row in self._rows.values())
+        ended = sum(map(self._counts, self._rows.values()))
         share = min(1.0, ended / max(1, num_trials))
         full = int(share * width)
         dash, rest = ("━", "─") if can_draw else ("#", "-")
         return Text.assemble((dash * full, "green"), (rest * (width - full), "dim"), f" {100 * share:.0f} %")
 
     def _pieces(self) -> list[str]:
-        trials = [row for row in self._rows.values() if row.kind == self._kind]
+        trials = [row for row in self._rows.values() if self._counts(row)]
         pruned = sum(row.outcome == "pruned" for row in trials)
         failed = sum(row.objective is None for row in trials) - pruned
         pieces = [f"{console.duration(self._clock() - self._began)} elapsed"]
@@ -244,7 +256,8 @@ def _cells(name: str, values: Mapping[str, Any], measured: Sequence[str]) -> dic
 def _line(row: "TrialRow", mark: str) -> _Line:
     accuracies = [console.objective_cell(row.metrics.get(name)) for name in ("id_accuracy", "ood_accuracy")]
     ended = "" if row.outcome in ("complete", "running") else row.outcome
-    measured = [ended, *accuracies, console.objective_cell(row.objective), console.elapsed_cell(row.elapsed_s)]
+    objectives = map(console.objective_cell, (row.objective, row.expected))
+    measured = [ended, *accuracies, *objectives, console.elapsed_cell(row.elapsed_s)]
     style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
     return _cells(f"{mark} {row.name}", row.values, measured), style
 
@@ -253,6 +266,8 @@ def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
     """Returns the table of these rows; hyperparameters that do not fit are left out, the last ones first."""
     names = [name for name in dict.fromkeys(name for cells, _ in lines for name in cells) if name not in MEASURED]
     columns = {name: [cells.get(name, "") for cells, _ in lines] for name in (*names, *MEASURED)}
+    if not any(columns[EXPECTED]):  # of a front, of a confirm, and before the first trial has ended
+        del columns[EXPECTED]
     while len(names) > 1 and sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) > width:
         del columns[names.pop()]
     made = console.table(console.numbers(*columns, no_wrap=True), zip(*columns.values(), strict=True))

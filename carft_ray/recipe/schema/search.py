@@ -407,6 +407,12 @@ class SearchConfig(Config):
     max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
     """trials at a time; null: as many as fit; carft-ray lowers it by one each time that Ray ends a trial that is out of
     memory"""
-    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "which weights are kept"))
+    repeats: Annotated[float, Field(ge=0, le=0.8, strict=True)] = key(0.0, 0.4, PROPOSED)
+    """share of the trials that train earlier values again with another seed, so that luck is averaged out; values that
+    may be the best are repeated most, baselines included; 0: none"""
+    stop_gain: PositiveFloat | None = key(None, 0.1, HOW_FAR)
+    """ends the search before `trials` if 8 more trainings are expected to raise the best expected objective by fewer
+    points; null: never"""
+    keep_checkpoints: PositiveInt = key(8, 10, Resume("running", "which weights are kept"))
     """number of best trials whose fine-tuned weights are kept, besides those of all baselines and of a Pareto front;
     all results are kept"""

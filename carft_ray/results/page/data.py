@@ -31,7 +31,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.data import plain
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.adviser import findings
-from carft_ray.results.reading.status_and_ls import status
+from carft_ray.results.reading.status_and_ls import expected_row, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import read_compared
@@ -42,6 +42,7 @@ from carft_ray.study.rows import best_first, predictions_path
 from carft_ray.study.training import TrialRow
 from carft_ray.training.thumbnails import changed, read_thumbnails
 
+NUM_EXPECTED = 12  # values of trials of which the page shows what is expected
 NUM_CURVES = 12  # best trials whose alpha curves are drawn
 NUM_CLASSES = 5  # that a table of changed answers names
 # by pattern (``thumbnails.changed``): at zero-shot, at the chosen alpha, at alpha 1; two where the last two are one
@@ -90,6 +91,7 @@ def page_document(view: Overview) -> dict[str, Any]:
         "report": None if best is None else study_report(view),
         "confirm": read_compared(study_dir, CONFIRM),
         "test": read_compared(study_dir, TEST_DIR),
+        "expected": _expected(view),
         "baselines": [view.data(row) for row in view.baselines],
         "trials": [view.data(row) for row in view.trials],
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
@@ -108,6 +110,16 @@ def page_document(view: Overview) -> dict[str, Any]:
     document["tables"] = set_tables(document)
     document["health"] = findings(view, document["report"])
     return document
+
+
+def _expected(view: Overview) -> list[dict[str, Any]]:
+    """Returns what the best values and all baselines are expected to measure, from the best down."""
+    if view.expected is None:
+        return []
+    found = {each.names: each for each in view.expected.by_name.values()}
+    ranked = sorted(found.values(), key=lambda each: each.order)
+    trials = [each for each in ranked if each.kind == "trial"][:NUM_EXPECTED]
+    return [expected_row(each) for each in ranked if each in trials or each.kind == "baseline"]
 
 
 def method_of(view: Overview, row: TrialRow) -> str:

@@ -56,7 +56,7 @@
     ...PARAMETERS.filter((name) => has(trial, name)).map((name) => `${spaced(name)} ${short(trial.values[name]) || "null"}`),
     `alpha ${trial.alpha?.toFixed(2) ?? "-"}`,
     `ID ${percent(trial.id)} %` + (trial.ood == null ? "" : `, OOD ${percent(trial.ood)} %`),
-    `objective ${percent(trial.objective)} %`,
+    `objective ${percent(trial.objective)} %` + (trial.expected == null ? "" : `, expected ${percent(trial.expected)} %`),
   ].join("<br>");
 
   // colours of the theme
@@ -119,7 +119,7 @@
 
   // filters
   const results = trials.filter((trial) => trial.objective != null);
-  const ranked = [...results].sort((a, b) => a.violation - b.violation || (doc.standing[b.name] ?? 0) - (doc.standing[a.name] ?? 0) || b.objective - a.objective);
+  const ranked = [...results].sort((a, b) => a.violation - b.violation || (doc.standing[b.name] ?? 0) - (doc.standing[a.name] ?? 0) || (b.expected ?? b.objective) - (a.expected ?? a.objective) || a.number - b.number);
   const place = new Map(ranked.map((trial, i) => [trial.name, i]));
   const outcomes = [...new Set(trials.map((trial) => trial.outcome))];
   const passes = (trial) =>
@@ -372,7 +372,8 @@
 
   draw.optimism = (_, element) => {
     const report = doc.report, rows = [["as measured, used for selection", best.objective, null]];
-    rows.push(["corrected", report.corrected.value, null]);
+    const values = doc.expected.find((each) => each.trials.includes(best.name));
+    if (values) rows.push(["expected with a new seed", values.objective, values.ends]);
     for (const [found, name] of [[doc.confirm, `${doc.confirm?.seeds.length} fresh seeds`], [doc.test, "test sets"]]) {
       const won = found?.rows.find((row) => row.role === "winner");
       if (won) rows.push([won.name === best.name ? name : `${name}, ${won.name}`, won.objective.mean, won.objective.ends]); // else of an earlier best, or chosen by a confirm
@@ -383,6 +384,17 @@
     const traces = [{ y: rows.map((row) => (isNarrow(element) ? row[0].replace(", ", ",<br>") : row[0])), x: rows.map((row) => 100 * row[1]), mode: "markers+text", text: rows.map((row) => percent(row[1])), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.1f} %<extra></extra>", marker: { size: 11, color: tones, symbol: rows.map((row, i) => (i === 0 ? "x" : rival && i === rows.length - 1 ? "square" : shapes[1])) },
       error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: colour("blue"), array: rows.map((row) => (row[2] ? 100 * (row[2][1] - row[1]) : 0)), arrayminus: rows.map((row) => (row[2] ? 100 * (row[1] - row[2][0]) : 0)) } }];
     return { traces, layout: layout({ height: 120 + 46 * rows.length, xaxis: axis({ title: "objective, %" }), yaxis: axis({ autorange: "reversed", range: [rows.length - 0.5, -0.7] }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
+  };
+
+  draw.expected = (_, element) => {
+    const names = doc.expected.map((each) => (isNarrow(element) ? spaced(each.trials[0]).replace(", ", ",<br>") : spaced(each.trials[0])));
+    const error = (each, i) => 100 * Math.abs(each.ends[i] - each.objective), isTrial = (each) => trials.some((row) => row.name === each.trials[0]);
+    const traces = [
+      { name: "measured", y: doc.expected.flatMap((each, i) => each.measured.map(() => names[i])), x: doc.expected.flatMap((each) => each.measured.map((value) => 100 * value)), text: doc.expected.flatMap((each) => each.trials), mode: "markers", hovertemplate: "%{text}: measured %{x:.1f} %<extra></extra>", marker: { size: 8, symbol: "circle-open", color: colour("muted"), line: { width: 1.5 } } },
+      { name: "expected with a new seed", y: names, x: doc.expected.map((each) => 100 * each.objective), text: doc.expected.map((each) => `alpha ${each.alpha.toFixed(2)}`), mode: "markers", hovertemplate: "%{y}, %{text}: expected %{x:.1f} %<extra></extra>", marker: { size: 11, symbol: doc.expected.map((each) => (isTrial(each) ? "diamond" : "square")), color: doc.expected.map((each) => colour(each.trials.includes(best.name) ? "best" : isTrial(each) ? "blue" : "ink")) },
+        error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: colour("blue"), array: doc.expected.map((each) => error(each, 1)), arrayminus: doc.expected.map((each) => error(each, 0)) } },
+    ];
+    return { traces, layout: layout({ height: 130 + 30 * names.length, showlegend: true, xaxis: axis({ title: "objective, %" }), yaxis: axis({ autorange: "reversed", range: [names.length - 0.5, -0.7] }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
   };
 
   draw.reliability = (rows, element) => {
@@ -458,6 +470,7 @@
     { title: "ID, %", number: true, of: (trial) => trial.id, text: (trial) => percent(trial.id) },
     ...(doc.has_ood ? [{ title: "OOD, %", number: true, of: (trial) => trial.ood, text: (trial) => percent(trial.ood) }] : []),
     { title: "objective, %", number: true, of: (trial) => trial.objective, text: (trial) => percent(trial.objective) },
+    { title: "expected, %", number: true, of: (trial) => trial.expected, text: (trial) => percent(trial.expected) },
     ...(trials.some((trial) => trial.violation > 0) ? [{ title: "violation, points", number: true, of: (trial) => trial.violation, text: (trial) => percent(trial.violation, 2) }] : []),
     { title: "time, s", number: true, of: (trial) => trial.elapsed_s, text: (trial) => (trial.elapsed_s == null ? "" : trial.elapsed_s.toFixed(0)) },
     { title: "reason", of: (trial) => trial.reason ?? "" },

@@ -104,7 +104,7 @@ def _policy(scripts: Iterable[str]) -> str:
 def packed(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the document as the page holds it: of trials what is drawn, by columns; no texts of other commands."""
     metrics = [name for name in _DRAWN if any(name in row["metrics"] for row in document["trials"])]
-    kept = ("number", "name", "outcome", "reason", "alpha", "objective", "elapsed_s")
+    kept = ("number", "name", "outcome", "reason", "alpha", "objective", "expected", "elapsed_s")
     values = _columns(document)
     rows = [
         [
@@ -150,7 +150,8 @@ def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the trials that stand in the page without JavaScript: the best, then others in their order."""
 
     def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, float]:
-        return not row["best"], row["objective"] is None, total_violation(row["metrics"]), -(row["objective"] or 0.0)
+        value = row["objective"] if row["expected"] is None else row["expected"]
+        return not row["best"], value is None, total_violation(row["metrics"]), -(value or 0.0)
 
     return sorted(document["trials"], key=rank)[:NUM_STATIC]
 
@@ -223,7 +224,8 @@ FIGURES: dict[str, dict[str, Callable[[Document], bool]]] = {
         "timeline": lambda document: any(seconds > 0 for _, seconds in document["seconds"].values()),
     },
     "Trust": {
-        "optimism": lambda document: (document["report"] or {}).get("corrected") is not None,
+        "expected": lambda document: bool(document["expected"]),
+        "optimism": lambda document: bool(document["expected"]),
         "reliability": lambda document: bool(document["reliability"]),
     },
 }

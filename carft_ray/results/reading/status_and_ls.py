@@ -15,6 +15,7 @@ from carft_ray.results.evidence import in_points
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, studies_in
 from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
+from carft_ray.study.expected import NEXT, Expected
 from carft_ray.study.holding import stopping
 from carft_ray.study.ledger import check_ledger
 from carft_ray.study.pareto_front import front_of, front_rule, points_of
@@ -30,7 +31,6 @@ from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
 ENOUGH = 10  # from this many complete trials on
-NEXT = 8  # trainings, of which it is told what they are worth
 
 
 def status(overview: Overview) -> dict[str, Any]:
@@ -251,53 +251,71 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def expected_data(study: Snapshot) -> dict[str, Any] | None:
-    """Returns what the values of the best trial, and the expected best ones, are expected to measure, as JSON.
+    """Returns what the best values are expected to measure, as JSON; the best baseline, too, if more is expected of it.
 
     Returns:
-        ``values``, a row for each of them: ``trials``, ``alpha``, ``objective``, ``ends`` (95 % interval),
-        ``id_accuracy``, ``ood_accuracy``, ``measured`` (of each training, at that alpha), ``better`` (baseline ->
-        probability); and ``next``: how many ``trainings`` more, and their ``gain``. None before a trial is complete,
-        and of a Pareto search.
+        ``values``, a row for each of them, trials first: ``trials``, ``alpha``, ``objective``, ``ends`` (95 %
+        interval), ``id_accuracy``, ``ood_accuracy``, ``measured`` (of each training, at that alpha), ``better``
+        (baseline -> probability); ``next``: how many ``trainings`` more, and their ``gain``; ``stopped``: the
+        ``search.stop_gain`` that has ended the search; ``trainings``: how many this is about; ``spread`` and ``noise``:
+        standard deviations of the objective between values, and between trainings of the same values. None before a
+        trial is complete, and of a Pareto search.
     """
-    found, best = study.expected, study.best
-    if found is None or found.best is None or best is None:
+    found = study.expected
+    if found is None:
         return None
-    shown = {each.names: each for each in (found.by_name[best.name], found.best)}
+    rivals = [each for each in found.by_name.values() if each.kind == "baseline"]
+    nearest = [each for each in (max(rivals, key=lambda each: each.objective, default=None),) if each]
+    shown = [found.best, *(each for each in nearest if each.objective > found.best.objective)]
+    spread, noise = found.deviations
+    limit, is_early = study.recipe.search.stop_gain, study.num_finished < num_trials(study.recipe)
     return {
-        "values": [
-            {
-                "trials": list(each.names),
-                "alpha": each.alpha,
-                **{name: each.metrics.get(name) for name in ("objective", "id_accuracy", "ood_accuracy")},
-                "ends": list(each.ends),
-                "measured": list(each.measured),
-                "better": dict(each.better),
-            }
-            for each in shown.values()
-        ],
-        "next": {"trainings": NEXT, "gain": found.gain(NEXT)},
+        "values": [expected_row(each) for each in shown],
+        "next": {"trainings": NEXT, "gain": found.gain},
+        "stopped": limit if is_early and found.is_worth_less(limit) else None,
+        "trainings": len(found.by_name),
+        "spread": spread,
+        "noise": noise,
+    }
+
+
+def expected_row(each: Expected) -> dict[str, Any]:
+    """Returns what values are expected to measure as JSON; see ``expected_data``."""
+    return {
+        "trials": list(each.names),
+        "alpha": each.alpha,
+        **{name: each.metrics.get(name) for name in ("objective", "id_accuracy", "ood_accuracy")},
+        "ends": list(each.ends),
+        "measured": list(each.measured),
+        "better": dict(each.better),
     }
 
 
 def expected_lines(found: Mapping[str, Any] | None) -> list[str]:
     """Returns what is expected of the best values as lines of text; see ``expected_data``."""
+    if not found:
+        return []
     lines = []
-    for index, each in enumerate(found["values"] if found else ()):
+    for index, each in enumerate(found["values"]):
         measured = " and ".join(f"{100 * value:.1f}" for value in each["measured"])
-        line = f"{each['trials'][0]} with a new seed: expected {in_points(each['objective'], each['ends'])} at alpha "
-        line += f"{each['alpha']:.2f} (measured {measured})"
+        line = f"{'Baseline' if index else 'Best'}: {each['trials'][0]}, expected "
+        line += f"{in_points(each['objective'], each['ends'])} % with a new seed at alpha {each['alpha']:.2f} "
+        line += f"(measured {measured})"
         if each["better"]:
             nearest = min(each["better"], key=lambda name: each["better"][name])
             line += f"; {100 * each['better'][nearest]:.0f} % likely better than {nearest}"
-        lines.append(f"{'Expected to be best: ' if index else ''}{line}.")
-    if found:
-        number, gain = found["next"]["trainings"], 100 * found["next"]["gain"]
-        lines.append(f"{number} more trainings are worth about {gain:.1f} points of the expected objective.")
+        lines.append(f"{line}.")
+    if len(found["values"]) > 1:
+        lines.insert(0, f"The baseline {found['values'][1]['trials'][0]} is expected to be better than every trial.")
+    number, gain = found["next"]["trainings"], 100 * found["next"]["gain"]
+    lines.append(f"{number} more trainings are worth about {gain:.1f} points of the expected objective.")
+    if found["stopped"]:
+        lines.append(f"The search ended early: this is less than search.stop_gain, {found['stopped']:g} points.")
     return lines
 
 
 def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
-    """Returns the content of a training's ``result.json`` at the point of the front that its row has."""
-    if row is None or not row.standing:
+    """Returns the content of a training's ``result.json`` at the point of its curve at which its row stands."""
+    if row is None or row.alpha == result.get("alpha"):
         return result
     return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}

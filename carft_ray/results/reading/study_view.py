@@ -71,7 +71,7 @@ class Overview(Snapshot):
 
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state."""
-        found = [self.state(row) for row in self.trials]
+        found = [self.state(row) for row in (*self.trials, *self.repeats)]
         return {state: found.count(state) for state in STATES}
 
     def data(self, row: TrialRow) -> dict[str, Any]:
@@ -91,6 +91,8 @@ class Overview(Snapshot):
             "metrics": row.metrics,
             "violations": violations(row.metrics),
             "on_front": row.standing > 0,
+            "expected": row.expected,
+            "repeat_of": row.repeat_of,
             "elapsed_s": row.elapsed_s,
             "outside": row.outside,
             "best": best is not None and row.kind == best.kind and row.name == best.name,
@@ -197,7 +199,7 @@ def total_trials(written: str, overview: Overview) -> int:
     if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
         rule = "must be a whole number of trials from 1, or +N for N more"
         raise UsageError(Problem("--trials", rule, repr(written)))
-    begun, total = len(overview.trials), overview.recipe.search.trials
+    begun, total = len(overview.trials) + len(overview.repeats), overview.recipe.search.trials
     if written.strip().startswith("+"):
         is_done = overview.num_finished >= num_trials(overview.recipe)
         return max(total, begun) + int(digits) if is_done else total

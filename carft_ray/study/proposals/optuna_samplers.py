@@ -24,7 +24,7 @@ from carft_ray.recipe.rules import population_size, startup_trials
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.space import grid_index, grid_size, in_order, is_active
-from carft_ray.study.attributes import NAME, POINT
+from carft_ray.study.attributes import NAME, POINT, REPEAT_OF
 from carft_ray.study.proposals.optuna_private import frozen_trial, on_one_thread, running_trial
 from carft_ray.study.rows import is_training, trainings
 
@@ -109,8 +109,8 @@ class _QMC(QMCSampler):
         return {name: each for name, each in self._space.items() if not each.single()}
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
-        trials = study.get_trials(deepcopy=False)  # those without a name were never drawn
-        return sum(trial.number < self._number and NAME in trial.user_attrs for trial in trials)
+        drawn = [trial for trial in study.get_trials(deepcopy=False) if NAME in trial.user_attrs and _is_new(trial)]
+        return sum(trial.number < self._number for trial in drawn)
 
 
 class _Grid(BruteForceSampler):
@@ -127,12 +127,19 @@ class _Grid(BruteForceSampler):
         fit = [
             trial
             for trial in trials
-            if trial.params and is_training(trial) and trial.distributions.items() <= self._space.items()
+            if trial.params
+            and is_training(trial)
+            and _is_new(trial)
+            and trial.distributions.items() <= self._space.items()
         ]
         for number, trial in enumerate(fit):  # Optuna's tree wants one order, which a recipe may have changed
             fit[number] = copy(trial)
             fit[number].distributions = {name: one for name, one in self._space.items() if name in trial.distributions}
         super()._populate_tree(tree, fit, params)
+
+
+def _is_new(trial: optuna.trial.FrozenTrial) -> bool:
+    return REPEAT_OF not in trial.user_attrs
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
@@ -150,6 +157,17 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
 
     A point is entered with its trial, in one write: once, however often the search is killed.
     """
+    waiting = points_left(study, recipe)
+    if not waiting:
+        return study.ask()
+    fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
+    state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
+    study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
+    return running_trial(study, study.get_trials(deepcopy=False)[-1])
+
+
+def points_left(study: optuna.Study, recipe: Recipe) -> list[dict[str, Any]]:
+    """Returns the recipe's points (``search.enqueue``) that no trial has tried, in their order."""
     entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
     waiting = []
     for point in recipe.search.enqueue:  # equal ones are tried as often as they are written
@@ -157,12 +175,7 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
             entered.remove(point)
         else:
             waiting.append(point)
-    if not waiting:
-        return study.ask()
-    fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
-    state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
-    study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
-    return running_trial(study, study.get_trials(deepcopy=False)[-1])
+    return waiting
 
 
 def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:
