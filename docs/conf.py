@@ -59,7 +59,10 @@ CHAPTERS = {
         *("search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
         *("docs/benchmarks", "docs/corruptions", "docs/decoding", "examples/pacs/README"),
     ),
-    "Why": ("docs/method", "docs/results", "docs/expected", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),
+    "Why": (
+        *("docs/method", "docs/results", "docs/expected", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust"),
+        "SECURITY",
+    ),
     "The project": ("CONTRIBUTING", "CODE_OF_CONDUCT", "CHANGELOG", "benchmarks/README"),
 }
 

@@ -261,7 +261,7 @@ def test_best_metrics_and_predictions_belong_together_also_while_a_search_runs(s
         before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
         study = carft_ray.open_study(study_dir)
         best = study.best
-        assert best.objective == max(study.trials()["objective"].to_pylist())
+        assert best.expected == max(study.trials()["expected"].to_pylist())
         assert study.metrics(best.name) == study.metrics(str(best.number)) == best.metrics
         path = study_dir / "trials" / best.name / "attempt-1" / "predictions" / "validation.parquet"
         assert study.predictions(best.name).equals(read_predictions(path))

@@ -46,6 +46,19 @@ def test_a_study_killed_with_its_ray_while_trainings_run_and_between_them_is_ext
     assert sorted((executor, event) for executor, event, _, _ in kills) == sorted(moments)
 
 
+def test_a_search_with_repeats_killed_ten_times_has_the_trials_of_one_that_was_left_alone(tmp_path, seed):
+    """One training at a time: what is proposed follows from what has ended. Real trainings, bit for bit."""
+    more = {"max_concurrent_trials": 1, "repeats": 0.5, "baselines": {"plain": {"kl_weight": 0}}}
+    how, rng = {**searches.REAL, "search": {**searches.REAL_SEARCH, **more}}, random.Random(seed)
+    for number in range(10):
+        searches.kill_after(searches.driver(tmp_path / "study", 12, searches.moment(number)[0], **how), number, rng)
+    searches.finished(searches.driver(tmp_path / "study", 12, **how))
+    rows = searches.searched(tmp_path / "study")
+    assert (len(rows), sum(bool(row.repeat_of) for row in rows)) == (12, 6)
+    assert {row.outcome for row in rows} == {"complete"}
+    searches.check_numbers(tmp_path / "study", searches.undisturbed(tmp_path / "calm", 12, **more))
+
+
 def test_after_a_kill_of_a_trial_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster):
     study_dir = tmp_path / "study"
     output = searches.kill_one("trial", "ray-train", study_dir, cluster)

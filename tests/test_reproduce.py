@@ -233,7 +233,7 @@ def keys(rows):
 
 def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metrics(here):
     study = here / "study"
-    best = max(snapshot(study).trials, key=lambda row: row.objective)
+    best = snapshot(study).best
     found = compare(str(study), f"{study}:plain")
     assert (found["a"]["trial"], found["b"]["trial"]) == (best.name, "plain")
     assert row(found, "objective")["a"] == best.objective
