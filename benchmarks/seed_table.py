@@ -107,11 +107,12 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
     """Runs the trainings that the table has not, so many at a time with one thread each, and writes it after each seed.
 
     Raises:
-        UsageError: The table is of another recipe.
+        UsageError: The table is of other trainings.
     """
     bench = open_bench(for_tables(recipe), out)
     alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
-    rows = _rows_of(table_path, recipe_hash(recipe))
+    told = what_is_trained(recipe, number)
+    rows = _rows_of(table_path, told)
     has = {(row["configuration"], row["seed"]) for row in rows}
     sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
     planned = {
@@ -132,6 +133,7 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         words = {
             "recipe": recipe.name,
             "recipe_hash": recipe_hash(recipe),
+            "trained": told,
             "commit": environment.git_state(ROOT)[0] or "",
             "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
             "tests": json.dumps(num_tests),
@@ -140,15 +142,28 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         print(f"seed {seed}: {len(rows)} trainings, {sum(row['diverged'] for row in rows)} diverged; {table_path}")
 
 
-def _rows_of(path: Path, of_recipe: str) -> list[dict[str, Any]]:
+def what_is_trained(recipe: Recipe, number: int) -> str:
+    """Returns JSON that is equal where the trainings of two tables are: sets without their paths, values, alphas."""
+    content = recipe.model_dump(mode="json", include={"data", "prompts", "train"}, exclude_defaults=True)
+    alphas = list(recipe.search.alpha.measured)
+    return json.dumps([_without_paths(content), design(recipe, number), alphas], sort_keys=True)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(child) for key, child in value.items() if key not in ("path", "cache_dir")}
+    return value
+
+
+def _rows_of(path: Path, told: str) -> list[dict[str, Any]]:
     """Returns the trainings that a table has; none where it does not exist."""
     if not path.exists():
         return []
     table = pq.read_table(path)
-    known = (table.schema.metadata or {}).get(b"recipe_hash", b"").decode()
-    if known != of_recipe:
-        step = "Give another file with --table."
-        raise UsageError(Problem(str(path), f"must be a table of this recipe, {of_recipe}", known, next_step=step))
+    known = (table.schema.metadata or {}).get(b"trained", b"").decode()
+    if known != told:
+        step = "Give another file with --table, or remove this one."
+        raise UsageError(Problem(str(path), "must be a table of these trainings", known[:80], next_step=step))
     return list(table.to_pylist())
 
 
