@@ -104,7 +104,7 @@ def test_searched_epochs_enter_by_their_mean():
 
 def test_an_estimate_says_what_it_leaves_out():
     recipe = make_recipe(4)
-    always = ["weights, price and hours of confirm", "failed and repeated trainings"]
+    always = ["weights, price and hours of confirm", "failed trainings and further attempts"]
     always += ["searched values other than epochs"]
     assert forecast(recipe, capacity_of(recipe, (Node(1, 0),)), measured())["left_out"] == always
     pruned = make_recipe(4, pruner={"name": "median"})

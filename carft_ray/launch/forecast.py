@@ -78,7 +78,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
     }
     left_out = {
         "weights, price and hours of confirm": True,
-        "failed and repeated trainings": True,
+        "failed trainings and further attempts": True,
         "searched values other than epochs": True,
         "trainings that the pruner ends early": recipe.search.pruner.name != "none",
         "nodes that join later": capacity.asked > 0,
