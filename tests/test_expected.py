@@ -91,12 +91,14 @@ def test_where_trainings_have_no_common_curve_each_counts_at_its_own_alpha(drawn
         rows[0] = row(0, {"kl_weight": 0.1}, curve(0.01))  # of a release that kept curves
     found = expectation(recipe(space), rows, [frozen()])
     assert {each.alpha for each in found.by_name.values()} == {0.5}
+    assert not found.has_curves
     assert found.best.measured == (rows[3].objective,)
 
 
 def test_an_alpha_below_the_lowest_that_may_be_chosen_is_not_expected_to_be_best():
     rows = [row(n, {"kl_weight": 0.1 + n / 5}, curve(0.1, 0.0)) for n in range(3)]
     assert expectation(recipe(), rows, [frozen()]).best.alpha == 0.25
+    assert expectation(recipe(), rows, [frozen()]).has_curves
     lowest = recipe(alpha={"lowest": 0.4})
     assert expectation(lowest, rows, [frozen()]).best.alpha == 0.5
 
@@ -181,3 +183,30 @@ def test_a_trial_outside_the_space_counts_with_values_of_its_own():
     rows = [row(n, {"kl_weight": 0.1 + n / 5}, curve(0.02 * n)) for n in range(4)]
     rows.append(row(4, {"learning_rate": 3.0}, curve(0.2), outside=True))
     assert expectation(recipe(), rows, [frozen()]).best.names == ("t4",)
+
+
+def test_where_no_training_reaches_the_frozen_model_the_best_of_them_is_still_the_best():
+    rows = [row(n, {"kl_weight": 0.1 + n / 5}, curve(-0.3 + 0.1 * n)) for n in range(3)]
+    assert expectation(recipe(), rows, [frozen(0.9)]).best.names == ("t2",)
+
+
+def test_equal_values_with_an_equal_seed_are_one_training():
+    rows = [row(n, {"kl_weight": 0.1 + n / 5}, curve(0.02 * n)) for n in range(3)]
+    twice = [*rows, row(3, rows[2].values, curve(0.04))]
+    alone, found = (expectation(recipe(), each, [frozen()]) for each in (rows, twice))
+    assert found.by_name["t3"] is found.by_name["t2"]
+    assert found.best == alone.best
+
+
+def test_a_baseline_with_a_given_alpha_stays_there():
+    half = row(1, {"alpha": 0.5}, curve(0.1, 1.0), kind="baseline", name="half")
+    half = TrialRow(**{**vars(half), "alpha": 0.5, "objective": 0.52})
+    found = expectation(recipe(), [row(0, {"kl_weight": 0.2}, curve(0.1, 1.0))], [frozen(), half])
+    assert (found.by_name["half"].alpha, found.by_name["half"].measured) == (0.5, (0.52,))
+
+
+def test_values_outside_a_space_that_has_changed_still_say_what_their_neighbours_measure():
+    rows = [row(n, {"kl_weight": 0.1 + n / 5}, curve(0.01)) for n in range(5)]
+    lucky = row(5, {"kl_weight": 1.2}, curve(0.08), outside=True)
+    found = expectation(recipe(), [*rows, lucky], [frozen()])
+    assert found.by_name["t5"].objective < lucky.objective - 0.01

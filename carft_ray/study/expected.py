@@ -77,10 +77,12 @@ class Expectation:
     Attributes:
         posterior: Of all values.
         by_name: What is expected, by the name of each complete trial and baseline.
+        has_curves: Whether alpha is chosen from the curves of all trainings; else each counts at its own alpha.
     """
 
     posterior: Posterior
     by_name: Mapping[str, Expected]
+    has_curves: bool
     _measures: IntArray  # of each values, the expected objective at their alpha
     _tried: BoolArray
     _indices: Mapping[str, int]  # of the values of each name of ``by_name``, in the posterior
@@ -180,7 +182,7 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
     by_name = {name: expected[key] for name, key in keys.items()}
     indices = {name: places[key] for name, key in keys.items()}
     tried = np.array([index < len(groups) and not _is_baseline(groups[index][0]) for index in range(len(chosen))])
-    return Expectation(found, by_name, measures, tried, indices)
+    return Expectation(found, by_name, alphas != (OWN,), measures, tried, indices)
 
 
 def stand(rows: Iterable[TrialRow], found: Expectation | None) -> list[TrialRow]:

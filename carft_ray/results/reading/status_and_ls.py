@@ -257,9 +257,9 @@ def expected_data(study: Snapshot) -> dict[str, Any] | None:
         ``values``, a row for each of them, trials first: ``trials``, ``alpha``, ``objective``, ``ends`` (95 %
         interval), ``id_accuracy``, ``ood_accuracy``, ``measured`` (of each training, at that alpha), ``better``
         (baseline -> probability); ``next``: how many ``trainings`` more, and their ``gain``; ``stopped``: the
-        ``search.stop_gain`` that has ended the search; ``trainings``: how many this is about; ``spread`` and ``noise``:
-        standard deviations of the objective between values, and between trainings of the same values. None before a
-        trial is complete, and of a Pareto search.
+        ``search.stop_gain`` that has ended the search; ``has_curves``: whether alpha is chosen from all trainings;
+        ``trainings``: how many this is about; ``spread`` and ``noise``: standard deviations of the objective between
+        values, and between trainings of the same values. None before a trial is complete, and of a Pareto search.
     """
     found = study.expected
     if found is None:
@@ -273,6 +273,7 @@ def expected_data(study: Snapshot) -> dict[str, Any] | None:
         "values": [expected_row(each) for each in shown],
         "next": {"trainings": NEXT, "gain": found.gain},
         "stopped": limit if is_early and found.is_worth_less(limit) else None,
+        "has_curves": found.has_curves or "alpha" in study.recipe.search.space,
         "trainings": len(found.by_name),
         "spread": spread,
         "noise": noise,
@@ -309,6 +310,8 @@ def expected_lines(found: Mapping[str, Any] | None) -> list[str]:
         lines.insert(0, f"The baseline {found['values'][1]['trials'][0]} is expected to be better than every trial.")
     number, gain = found["next"]["trainings"], 100 * found["next"]["gain"]
     lines.append(f"{number} more trainings are worth about {gain:.1f} points of the expected objective.")
+    if not found["has_curves"]:
+        lines.append("Each training counts at its own alpha: the log has no alpha curve that all trials share.")
     if found["stopped"]:
         lines.append(f"The search ended early: this is less than search.stop_gain, {found['stopped']:g} points.")
     return lines
