@@ -168,7 +168,7 @@ class Report:
         """
         from carft_ray.results.report import curves_table, sets_table
 
-        own = {"trials": rows_table(self.view.trials), "baselines": rows_table(self.view.baselines)}
+        own = {"trials": rows_table(self.view.trials), "baselines": rows_table(self.view.all_baselines)}
         return {**own, "curves": curves_table(self.view), "sets": sets_table(self.document["tables"])}
 
     def save_tables(self, folder: str | Path) -> list[Path]:

@@ -131,7 +131,7 @@ class Study:
         if kind not in ("trial", "baseline"):
             raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
         now = snapshot(self.path)
-        return rows_table(now.trials if kind == "trial" else [*now.baselines, *now.repeats])
+        return rows_table(now.trials if kind == "trial" else now.all_baselines)
 
     def metrics(self, trial: str | int) -> dict[str, float]:
         """Returns the metrics of a finished trial or baseline at its alpha.
@@ -159,7 +159,7 @@ class Study:
 
     def _repr_html_(self) -> str:
         view = read_study(self.path)
-        rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
+        rows = [view.data(row) for row in (*view.all_baselines, *best_first(view.trials))]
         return notebook.as_html(console.trial_table(rows))
 
 

@@ -181,7 +181,7 @@ def logs(
         raise UsageError(Problem("--json", "cannot be used with --follow"))
     view = study_view.read_study(study, STATE)
     confirmed = {row.name: row for row in view.confirmations}  # these have no numbers to be called by
-    row = confirmed.get(trial) or study_view.find_row([*view.baselines, *view.trials], trial)
+    row = confirmed.get(trial) or study_view.find_row([*view.all_baselines, *view.trials], trial)
     bring(view.study_dir, [f"{row.training}/{LOG}"])
     lines = study_view.read_log(view.study_dir, row.training)
     if console.print_json(lines or [], json_):

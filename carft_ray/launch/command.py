@@ -148,7 +148,7 @@ class Ran:
     @property
     def set_aside(self) -> list[TrialRow]:
         """Trials and baselines whose attempts were lost again and again; another search tries them again."""
-        return [row for row in (*self.study.trials, *self.study.baselines) if row.set_aside]
+        return [row for row in (*self.study.trials, *self.study.all_baselines) if row.set_aside]
 
 
 def run(plan: Plan, end: Callable[[Ran], R]) -> R:
@@ -188,7 +188,7 @@ def run(plan: Plan, end: Callable[[Ran], R]) -> R:
         for note in (*study.notes, *(own_notes(recipe) if proposes else ())):
             on_event(Note(note))
         for row in recovered:
-            is_baseline = row.kind == "baseline"
+            is_baseline = row.kind == "baseline" and not row.repeat_of
             on_event(events.BaselineFinished(row) if is_baseline else events.TrialFinished(row, is_best=False))
 
         def interrupted() -> InterruptedRunError:

@@ -395,7 +395,7 @@ class Driver:
             self._giving_up.count(False, "", self.at_a_time.most)
             for node in sorted({node for node, _ in attempt.alive.nodes}) if attempt.alive else ():
                 self.bad_nodes.well(node)
-        if row.kind == "baseline":
+        if row.kind == "baseline" and not row.repeat_of:
             self.on_event(events.BaselineFinished(row))
             return
         if row.kind == "confirm":  # a fresh seed, or a probe, finds nothing better and says nothing about the search

@@ -92,7 +92,7 @@ class TrialEpoch(Event):
 
 @dataclass(frozen=True)
 class TrialFinished(Event):
-    """A trial, or a training of a confirm, has ended and is in the study."""
+    """A trial, a repeat of a baseline, or a training of a confirm has ended and is in the study."""
 
     row: TrialRow
     is_best: bool  # its values are the best of the study now

@@ -170,8 +170,10 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     """Returns the steps of a study on which no search runs, without the name of the program."""
     folder = shlex.quote(str(study))
     reads, wanted = reads_of(entries), num_trials(view.recipe)
-    rows = [*view.trials, *view.baselines]
-    finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
+    rows = [*view.trials, *view.all_baselines]
+    expected, begun = view.expected, len(view.trials) + len(view.repeats)
+    is_enough = begun >= wanted or (expected is not None and expected.is_worth_less(view.recipe.search.stop_gain))
+    finished = is_enough and all(row.outcome != "running" for row in rows)
     steps, trust = [], trust_word(view.recipe)
     if not finished:
         given = view.recipe.search.baselines

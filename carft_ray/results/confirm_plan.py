@@ -235,7 +235,8 @@ def cost(study: Snapshot, stage: Stage) -> str:
         return f"All {len(stage.trainings())} trainings with fresh seeds already exist."
     configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
     text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
-    seconds = [row.elapsed_s for row in (*study.trials, *study.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
+    rows = (*study.trials, *study.all_baselines)
+    seconds = [row.elapsed_s for row in rows if row.elapsed_s and row.name != ZERO_SHOT]
     if seconds:
         text += f" of about {sum(seconds) / len(seconds):.0f} s each"
     return text + "."

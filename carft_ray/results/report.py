@@ -72,7 +72,7 @@ def study_report(view: Overview) -> dict[str, Any]:
     spec, chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], recipe)
     data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
     model, of_model = _model(view, trials, data["noise"])
-    ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
+    ended = [row for row in (*view.trials, *view.all_baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
         device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
     )
@@ -196,7 +196,7 @@ def curves_table(view: Overview) -> pa.Table:
     """
     rows = [
         {"kind": row.kind, "name": row.name, "chosen": point["alpha"] == row.alpha, **point}
-        for row in (*view.trials, *view.baselines)
+        for row in (*view.trials, *view.all_baselines)
         for point in view.result(row).get("curve") or ()
     ]
     own = {"kind": pa.string(), "name": pa.string(), "alpha": pa.float64(), "chosen": pa.bool_()}

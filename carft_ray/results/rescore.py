@@ -94,7 +94,7 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     references = result_of(view.study_dir, finished[0]).get("references", {})  # the same for all trials
     bounds = limits(view.recipe.search.constraints, references)
     trials = [rescore_row(view, row, spec, bounds) for row in finished]
-    baselines = [rescore_row(view, row, spec) for row in (*view.baselines, *view.repeats) if row.outcome == "complete"]
+    baselines = [rescore_row(view, row, spec) for row in view.all_baselines if row.outcome == "complete"]
     if view.expected is not None:
         failed = [row for row in view.trials if row.outcome in FAILED]
         found = expectation(view.recipe, [*trials, *failed], baselines)

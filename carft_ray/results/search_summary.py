@@ -29,7 +29,7 @@ def search_summary(ran: Ran) -> dict[str, Any]:
     study = ran.study
     names = [each.name for each in fields(Snapshot)]
     view, recipe = Overview(**{name: getattr(study, name) for name in names}), study.recipe
-    rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
+    rows = [view.data(row) for row in (*view.all_baselines, *best_first(view.trials))]
     expected = expected_data(study)
     return {
         "study": named(study.study_dir),
@@ -52,8 +52,8 @@ def budget_line(ran: Ran) -> str:
     """Returns what a search that its budget has ended leaves unfinished, in a sentence; empty when it was not."""
     if not ran.out_of_budget:
         return ""
-    begun = [row.name for row in ran.study.trials if row.outcome == "running"]
-    wanted, finished = num_trials(ran.study.recipe), len(ran.study.trials) - len(begun)
+    begun = [row.name for row in (*ran.study.trials, *ran.study.repeats) if row.outcome == "running"]
+    wanted, finished = num_trials(ran.study.recipe), ran.study.num_finished
     stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume continues them" if begun else ""
     done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"
     return f"The search has ended early: {ran.out_of_budget}. {done}."

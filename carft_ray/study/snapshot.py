@@ -53,7 +53,7 @@ class Snapshot:
         """Returns the complete trainings of a row's values, itself among them."""
         each = self.expected.by_name.get(row.name) if self.expected else None
         names = each.names if each else ()
-        found = [one for one in (*self.trials, *self.baselines, *self.repeats) if one.name in names]
+        found = [one for one in (*self.all_baselines, *self.trials) if one.name in names]
         return found if row in found else [row]
 
     @functools.cached_property
@@ -68,7 +68,12 @@ class Snapshot:
     @property
     def rows(self) -> list[TrialRow]:
         """All trainings: baselines, trials, and those of a confirm."""
-        return [*self.baselines, *self.repeats, *self.trials, *self.confirmations]
+        return [*self.all_baselines, *self.trials, *self.confirmations]
+
+    @property
+    def all_baselines(self) -> list[TrialRow]:
+        """Baselines, then their repeats."""
+        return [*self.baselines, *self.repeats]
 
     @property
     def num_finished(self) -> int:

@@ -124,6 +124,6 @@ def _find(study: Snapshot, trial: str | int | None, place: str) -> tuple[str, Tr
         known, name = {f"{CONFIRM}/{row.name}": row for row in study.confirmations}, trial.rstrip("/")
         require_choice(place, f"must be a training of {study.study_dir / CONFIRM}", name, known)
         return name, known[name]
-    trained = [*study.baselines, *study.trials]
+    trained = [*study.all_baselines, *study.trials]
     row = require_finished(study.study_dir, study.best if trial is None else find_row(trained, trial, place))
     return row.name, row

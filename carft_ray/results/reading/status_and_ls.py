@@ -122,7 +122,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
         "study": named(overview.study_dir),
         "num_trials": len(rows),
         "lines": constraint_lines(overview.best),
-        "baselines": [overview.data(row) for row in overview.baselines],
+        "baselines": [overview.data(row) for row in overview.all_baselines],
         "trials": [overview.data(row) for row in rows[:limit]],
     }
 
