@@ -153,7 +153,7 @@ def first_stage(
     for row in view.baselines:
         if row.objective is None:
             continue
-        rows.append(_plan_row(row, "baseline", len(view.trainings_of(row)) * (row.name != ZERO_SHOT)))
+        rows.append(_plan_row(row, "baseline", int(row.name != ZERO_SHOT)))
         at_one = point_at(view.result(row).get("curve") or (), 1.0)
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=at_one["objective"]))

@@ -109,7 +109,8 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
             counted = {each.name for each in fresh[row.name]}
             if second and row.role == "winner":  # ``chosen_from`` has those that chose it
                 counted -= first.trainings().keys()
-            found.append(_best_of(study_dir, row, trained, row.chosen_from + len(counted)))
+            repeats = len(own.get(row.name, (row,))) - 1 if row.role == "baseline" else 0
+            found.append(_best_of(study_dir, row, trained, row.chosen_from + repeats + len(counted)))
     return found
 
 

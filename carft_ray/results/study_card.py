@@ -117,7 +117,9 @@ def _cost(document: Document) -> Line:
     text = f"tuned with {' and '.join(each)}" if each else "no training has ended"
     if fixed:
         several = len(fixed) > 1
-        text += f"; baseline{'s' * several} {' and '.join(fixed)} not tuned: one training{' each' * several}"
+        text += f"; baseline{'s' * several} {' and '.join(fixed)} not tuned: "
+        number = len(fixed) + len(document["repeats"])
+        text += f"{number} trainings" if document["repeats"] else f"one training{' each' * several}"
     rows = (document["confirm"] or {}).get("rows", ())
     best_of = {row["name"]: row.get("chosen_from", 0) for row in rows}
     for rival in document["rivals"]:

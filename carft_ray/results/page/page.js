@@ -354,7 +354,7 @@
   draw.timeline = (rows, element) => {
     const names = new Set(rows.map((trial) => trial.name)), now = Date.parse(doc.made.time);
     const all = Object.entries(doc.seconds).filter(([name]) => names.has(name) || !place.has(name) && !trials.some((trial) => trial.name === name))
-      .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) ? "baseline" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
+      .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) || doc.repeats.includes(name) ? "baseline" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
     if (!all.length) return null;
     const ends = []; // of the last training on each line; times are known to a second
     for (const one of all) { let lane = ends.findIndex((end) => end <= one.began + Math.min(1000, one.ms / 5)); if (lane < 0) lane = ends.push(0) - 1; ends[lane] = one.began + one.ms; one.lane = lane; }
@@ -390,9 +390,9 @@
     const names = doc.expected.map((each) => (isNarrow(element) ? spaced(each.trials[0]).replace(", ", ",<br>") : spaced(each.trials[0])));
     const error = (each, i) => 100 * Math.abs(each.ends[i] - each.objective), isTrial = (each) => trials.some((row) => row.name === each.trials[0]);
     const traces = [
-      { name: "measured", y: doc.expected.flatMap((each, i) => each.measured.map(() => names[i])), x: doc.expected.flatMap((each) => each.measured.map((value) => 100 * value)), text: doc.expected.flatMap((each) => each.trials), mode: "markers", hovertemplate: "%{text}: measured %{x:.1f} %<extra></extra>", marker: { size: 8, symbol: "circle-open", color: colour("muted"), line: { width: 1.5 } } },
       { name: "expected with a new seed", y: names, x: doc.expected.map((each) => 100 * each.objective), text: doc.expected.map((each) => `alpha ${each.alpha.toFixed(2)}`), mode: "markers", hovertemplate: "%{y}, %{text}: expected %{x:.1f} %<extra></extra>", marker: { size: 11, symbol: doc.expected.map((each) => (isTrial(each) ? "diamond" : "square")), color: doc.expected.map((each) => colour(each.trials.includes(best.name) ? "best" : isTrial(each) ? "blue" : "ink")) },
         error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: colour("blue"), array: doc.expected.map((each) => error(each, 1)), arrayminus: doc.expected.map((each) => error(each, 0)) } },
+      { name: "measured", y: doc.expected.flatMap((each, i) => each.measured.map(() => names[i])), x: doc.expected.flatMap((each) => each.measured.map((value) => 100 * value)), text: doc.expected.flatMap((each) => each.trials), mode: "markers", hovertemplate: "%{text}: measured %{x:.1f} %<extra></extra>", marker: { size: 8, symbol: "circle-open", color: colour("ink"), line: { width: 1.5 } } },
     ];
     return { traces, layout: layout({ height: 130 + 30 * names.length, showlegend: true, xaxis: axis({ title: "objective, %" }), yaxis: axis({ autorange: "reversed", range: [names.length - 0.5, -0.7] }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
   };
