@@ -163,6 +163,9 @@ def _copy(line: dict[str, Any], number: int, trial_id: int, values: dict[str, fl
         copy["user_attr"] = {"name": trial_name(number, values)}
     elif "metrics" in line.get("user_attr", ()):
         copy["user_attr"] = {"metrics": metrics_of(objective)}
+    elif "points" in line.get("user_attr", ()):
+        points = [{"alpha": point["alpha"], **metrics_of(objective)} for point in line["user_attr"]["points"]]
+        copy["user_attr"] = {"points": points}
     elif line.get("values"):
         copy["values"] = [objective]
     return copy

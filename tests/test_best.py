@@ -197,7 +197,7 @@ def test_a_result_keeps_its_numbers_and_of_its_curve_the_points_of_the_front_eac
 def in_file(study_dir):
     """Name and alpha of the trial that best.yaml holds."""
     text = (study_dir / BEST).read_text()
-    return re.match(r"# The best trial of this study, (\S+)\. ", text)[1], load_recipe(study_dir / BEST).train.alpha
+    return re.match(r"# The best values of this study, (\S+)\. ", text)[1], load_recipe(study_dir / BEST).train.alpha
 
 
 def with_file(study_dir, name):

@@ -377,7 +377,7 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
     report = page_document(read_study(study))["report"]
     assert report["lines"][-1].startswith(summary["headline"])
     assert {*confirm_lines(json.loads((study / "confirm" / "summary.json").read_text()))} < {*report["lines"]}
-    assert report["noise"]["words"] == "image and seed noise"
+    assert report["noise"] > 0
 
 
 def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, folder):

@@ -45,7 +45,7 @@ class Retention:
         self._ranking: tuple[list[TrialRow], list[TrialRow]] = [], []  # of which rows, and these from the best down
         self._expected: Expectation | None = None  # of these rows
         self._gone: set[str] = set()  # folders of those whose weights were removed
-        self._noted: tuple[str, float | None, float | None] | None = None  # what best.yaml says
+        self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 
     def ended(self, row: TrialRow) -> None:
         """Removes what is not kept any longer, now that a training has ended."""
@@ -75,9 +75,9 @@ class Retention:
                     self._remove(f"{worse.attempt_name}/{name}")
                 self._gone.add(worse.training)
         best = self.best()
-        if best is not None and (now := (best.name, best.alpha, best.expected)) != self._noted:
+        if best is not None and (best.name, best.alpha) != self._noted:
             write_best(self._study_dir, self._recipe, best)
-            self._noted = now
+            self._noted = best.name, best.alpha
 
     def foresee(self, row: TrialRow) -> None:
         """Of a complete training whose end is not written yet, has copies leave out what ``keep_best`` will remove."""
@@ -148,10 +148,7 @@ def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:
         StorageError: It cannot be read or written.
     """
     trust = trust_word(recipe)
-    head = f"# The best values of this study, of {best.name}. Train them: carft-ray train {BEST} --out FOLDER{trust}\n"
-    if best.expected is not None:
-        expected, measured = 100 * best.expected, 100 * (best.objective or 0.0)
-        head += f"# Expected objective with a new seed: {expected:.1f} %; {best.name} measured {measured:.1f} %.\n"
+    head = f"# The best values of this study, {best.name}. Train them: carft-ray train {BEST} --out FOLDER{trust}\n"
     head += "".join(f"# {line}\n" for line in constraint_lines(best))
     if not recipe.data.ood_val:
         head += "# Selected on ID only: the recipe has no ood_val.\n"

@@ -298,7 +298,8 @@ def expected_lines(found: Mapping[str, Any] | None) -> list[str]:
         return []
     lines = []
     for index, each in enumerate(found["values"]):
-        measured = " and ".join(f"{100 * value:.1f}" for value in each["measured"])
+        *others, last = (f"{100 * value:.1f}" for value in each["measured"])
+        measured = f"{', '.join(others)} and {last}" if others else last
         line = f"{'Baseline' if index else 'Best'}: {each['trials'][0]}, expected "
         line += f"{in_points(each['objective'], each['ends'])} % with a new seed at alpha {each['alpha']:.2f} "
         line += f"(measured {measured})"
