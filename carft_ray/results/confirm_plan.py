@@ -51,7 +51,8 @@ class PlanRow:
         values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
             training is evaluated there and on the whole grid, at every point of the front that it may get. With alpha
             None it is evaluated on the grid.
-        objective: That of the search, one training on the study's seed; 0 of an ablation, which has none.
+        objective: What the search expected of a new training, in a Pareto search what one training measured; 0 of an
+            ablation, which has none.
         chosen_from: Number of trainings that it is the best of.
     """
 
@@ -367,7 +368,8 @@ def _plan_row(row: TrialRow, role: Role, chosen_from: int) -> PlanRow:
     training = None if row.name == ZERO_SHOT else row.name
     left_out = ("seed",) if row.standing else ("alpha", "seed")
     values = {name: value for name, value in row.values.items() if name not in left_out}
-    return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0, chosen_from)
+    objective = row.objective if row.expected is None else row.expected
+    return PlanRow(row.name, role, training, row.alpha or 0.0, values, objective or 0.0, chosen_from)
 
 
 def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:

@@ -23,7 +23,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import VIOLATION, CategoricalParameter, Parameter, total_violation
 from carft_ray.recipe.space import is_active, same
 from carft_ray.study.attributes import ROUNDING
-from carft_ray.study.posterior import BoolArray, FloatArray, IntArray, Posterior, posterior
+from carft_ray.study.posterior import BoolArray, FloatArray, IntArray, Posterior, on_one_thread, posterior
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.training import TrialRow
 from carft_ray.study.typed import FAILED
@@ -94,7 +94,8 @@ class Expectation:
 
     def draws(self, rng: np.random.Generator) -> dict[str, float]:
         """Returns a draw of the expected objectives of all values together, by the name of each training."""
-        found = self.posterior.draws(self._measures, 1, rng)[0]
+        with on_one_thread():
+            found = self.posterior.draws(self._measures, 1, rng)[0]
         return {name: float(found[index]) for name, index in self._indices.items()}
 
     @property
@@ -110,7 +111,8 @@ class Expectation:
     @cached_property
     def gain(self) -> float:
         """By how much the best expected objective rises with the ``NEXT`` trainings (``Posterior.gain``)."""
-        return self.posterior.gain(self._measures, self._tried, NEXT)
+        with on_one_thread():
+            return self.posterior.gain(self._measures, self._tried, NEXT)
 
     def is_worth_less(self, points: float | None) -> bool:
         """Tells whether the next trainings are worth less than ``search.stop_gain``, in points; None: never."""
@@ -153,7 +155,8 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
         measured[:, objectives] = np.maximum(measured[:, objectives], floor)
     points = [np.array([_unit(recipe.search.space, own[0]) for own in groups])]
     points.append(_places(recipe.search.space))
-    found = posterior(np.concatenate(points), values, seeds, measured, failed, objectives)
+    with on_one_thread():
+        found = posterior(np.concatenate(points), values, seeds, measured, failed, objectives)
     chosen = [_chosen(found, index, names) for index in range(len(found.mean))]
     measures = np.array([place * len(names) for place, _ in chosen])
     places = {key: index for index, key in enumerate(by_key)}

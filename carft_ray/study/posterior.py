@@ -22,13 +22,16 @@ than a mean does, f is independent for each of the values (means that are shrunk
 Shape letters: N trainings, G values, M measures, d parameters. Everything is deterministic.
 """
 
+import functools
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy  # its modules load when they are first used
+import threadpoolctl
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -41,6 +44,18 @@ KAPPA, TAU = (0.0, 1.5), (math.log(0.5), 1.0)  # prior mean and sd of their loga
 LENGTH = (math.log(0.5), 1.0)  # of a length scale, times sqrt(d): d parameters do not make all values strangers
 REACH = 4.0  # sds of these priors that are searched
 NUM_DRAWS = 512
+
+
+def on_one_thread() -> AbstractContextManager[object]:
+    """Returns a block in which NumPy and SciPy compute on one thread: these matrices are small, and trainings run."""
+    block: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return block
+
+
+@functools.cache
+def _libraries() -> threadpoolctl.ThreadpoolController:
+    scipy.linalg.blas  # noqa: B018  # has a library of its own, which it loads now
+    return threadpoolctl.ThreadpoolController()
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ over all tried values says (Thompson 1933): values that may be the best are draw
 
 Repeat k of any values has the seed ``train.seed + k``. So first trainings share a seed, second ones the next, and the
 posterior tells the luck of a seed from the rest. Values of which a training runs wait for it, and no values have more
-than ``MOST`` trainings. The recipe's baselines take part.
+than ``MOST`` trainings. The recipe's baselines take part: little is known of them, since they have no neighbours, so a
+baseline waits while it has more trainings than all values of trials.
 """
 
 import itertools
@@ -70,7 +71,12 @@ def next_repeat(
     for row in (*trials, *own):
         if not row.outside:
             by_values.setdefault(values_of(row), []).append(row)
-    may = {rows[0].name: rows for rows in by_values.values() if _may_be_repeated(rows)}
+    most = max((len(rows) for rows in by_values.values() if rows[0].kind == "trial"), default=0)
+    may = {
+        rows[0].name: rows
+        for rows in by_values.values()
+        if _may_be_repeated(rows) and (rows[0].kind == "trial" or len(rows) <= most)
+    }
     chosen = _chosen(recipe, number, may, expected)
     if chosen is None:
         return None
