@@ -51,12 +51,12 @@ def test_a_search_with_repeats_killed_ten_times_has_the_trials_of_one_that_was_l
     more = {"max_concurrent_trials": 1, "repeats": 0.5, "baselines": {"plain": {"kl_weight": 0}}}
     how, rng = {**searches.REAL, "search": {**searches.REAL_SEARCH, **more}}, random.Random(seed)
     for number in range(10):
-        searches.kill_after(searches.driver(tmp_path / "study", 12, searches.moment(number)[0], **how), number, rng)
-    searches.finished(searches.driver(tmp_path / "study", 12, **how))
+        searches.kill_after(searches.driver(tmp_path / "study", 20, searches.moment(number)[0], **how), number, rng)
+    searches.finished(searches.driver(tmp_path / "study", 20, **how))
     rows = searches.searched(tmp_path / "study")
-    assert (len(rows), sum(bool(row.repeat_of) for row in rows)) == (12, 6)
+    assert (len(rows), sum(bool(row.repeat_of) for row in rows)) == (20, 10)
     assert {row.outcome for row in rows} == {"complete"}
-    searches.check_numbers(tmp_path / "study", searches.undisturbed(tmp_path / "calm", 12, **more))
+    searches.check_numbers(tmp_path / "study", searches.undisturbed(tmp_path / "calm", 20, **more))
 
 
 def test_after_a_kill_of_a_trial_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster):
