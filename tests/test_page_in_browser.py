@@ -131,7 +131,7 @@ def test_the_slider_moves_alpha_along_all_curves_and_shows_the_measured_numbers(
 def test_the_filters_drive_every_figure_and_the_table_and_stay_when_the_page_is_loaded_again(page, thirty):
     path, document = thirty
     complete = [row for row in document["trials"] if row["outcome"] == "complete"]
-    complete = [row["name"] for row in sorted(complete, key=lambda row: -row["objective"])]
+    complete = [row["name"] for row in sorted(complete, key=lambda row: -row["expected"])]
     best = complete[: -(-20 * len(complete) // 100)]
     page.open(path)
     assert page.evaluate(SHOWN) == "30 of 30 trials"
@@ -228,5 +228,9 @@ def test_the_table_sorts_and_tables_are_copied_as_they_stand(page, thirty):
     assert head.count("|") == kinds.count("|") == len(table["sets"]) + 3
     assert len(lines) == len(table["rows"]) + len(table["differences"])
     first = [cell.strip() for cell in lines[0].split("|")][3:-1]
-    assert first == [f"{100 * cell['mean']:.1f}" for cell in table["rows"][0]["cells"]]
+    cells = [
+        [f"{100 * value:.1f}" for value in (cell["mean"], cell["low"], cell["high"])]
+        for cell in table["rows"][0]["cells"]
+    ]
+    assert first == [rf"{mean} \[{low}, {high}\]" for mean, low, high in cells]
     assert page.evaluate(copy % ("latex", "sets-1")).count(r"\\") == len(lines) + 1
