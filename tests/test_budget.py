@@ -15,7 +15,7 @@ from study_steps import searching
 from tune_stand_in import Tune
 
 from carft_ray.errors import BudgetError
-from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
+from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, expected_end, used_up
 from carft_ray.launch.cluster.capacity import AtATime
 from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
@@ -52,6 +52,21 @@ def test_when_a_budget_is_used_up(budget, passed_s, gpu_s, gpus, longest_end_s, 
     words = used_up(budget, passed_s, gpu_s, gpus=gpus, longest_end_s=longest_end_s)
     limit = "wall_time, 3600 s" if budget == HOUR else "gpu_hours, 1"
     assert f"(budget.{limit})" in words if is_used else words == ""
+
+
+@pytest.mark.parametrize(
+    ("budget", "elapsed_s", "gpu_s", "before", "begun", "end"),
+    [
+        (BudgetConfig(), 100, 100, 0, 4, None),
+        (HOUR, 900, 0, 0, 4, 16),
+        (HOUR, 900, 0, 10, 14, 26),  # the wall time is that of this search
+        (HOUR, 4000, 0, 0, 7, 7),
+        (GPU_HOUR, 50, 900, 3, 4, 16),  # the GPU hours are those of the study
+        (GPU_HOUR, 50, 0, 0, 2, None),
+    ],
+)
+def test_where_a_budget_is_expected_to_end_a_search(budget, elapsed_s, gpu_s, before, begun, end):
+    assert expected_end(budget, elapsed_s, gpu_s, before, begun) == end
 
 
 @pytest.fixture
