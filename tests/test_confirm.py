@@ -68,11 +68,12 @@ def fixed(view, first, second=None, against=()):
 def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
     stage = confirm_plan.first_stage(view, top=2, num_seeds=3)
     winner, second = name_of(view, 1), name_of(view, 2)
+    expected = {name: each.objective for name, each in view.expected.by_name.items()}
     assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
-        (winner, "winner", winner, 0.5, 0.7),
-        (second, "candidate", second, 0.5, 0.6),
+        (winner, "winner", winner, 0.5, expected[winner]),
+        (second, "candidate", second, 0.5, expected[second]),
         (f"{winner}, no penalties", "ablation", f"{winner}-no-penalties", 0.5, 0.0),
-        ("plain", "baseline", "plain", 0.5, 0.4),
+        ("plain", "baseline", "plain", 0.5, expected["plain"]),
         ("plain, alpha 1", "baseline", "plain", 1.0, 0.2),
         ("zero_shot", "baseline", None, 0.0, 0.25),
     ]
@@ -189,7 +190,7 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, oth
     further = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
     row, namesake = confirm_plan.first_stage(view, 1, 2, [further, other, other]).rows[-2:]
     best = other.best
-    assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
+    assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", best.expected)
     assert [row.training, namesake.training[:-13]] == [f"other-plain-search-{best.name}"] * 2
     assert row.values["learning_rate"] == best.values["learning_rate"]
     assert row.values["epochs"] == longer.epochs
