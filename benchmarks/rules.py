@@ -17,7 +17,7 @@ from benchmarks.emulators import MEASURES, FloatArray, World
 from carft_ray.evaluation.alpha_curve import choose_point
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.attributes import NAME, REPEAT_OF
-from carft_ray.study.expected import Expectation, expectation, stand, values_of
+from carft_ray.study.expected import Expectation, expectation, stand, values_key
 from carft_ray.study.journal import constraint_values
 from carft_ray.study.proposals.optuna_samplers import ask, distribution, draw
 from carft_ray.study.proposals.repeats import next_repeat
@@ -131,8 +131,8 @@ def used_up(world: World, rows: Sequence[TrialRow], everything: Sequence[TrialRo
     """Returns rows as ``next_repeat`` gets them: values that the world cannot train again are marked as outside."""
     if world.most is None:
         return list(rows)
-    keys = [values_of(row) for row in everything]
-    return [replace(row, outside=True) if keys.count(values_of(row)) >= world.most else row for row in rows]
+    keys = [values_key(row) for row in everything]
+    return [replace(row, outside=True) if keys.count(values_key(row)) >= world.most else row for row in rows]
 
 
 def drawn(recipe: Recipe, trials: Sequence[TrialRow], found: Expectation | None) -> dict[str, Any]:
@@ -177,18 +177,18 @@ def judged(
     """Returns the choices of a search, and the truth of each baseline at the alpha of its first training."""
     found, rivals = expectation(recipe, trials, baselines), [row for row in baselines if row.name != ZERO_SHOT]
     assert found is not None
-    number, chosen = Counter(values_of(row) for row in (*trials, *rivals)), {}
+    number, chosen = Counter(values_key(row) for row in (*trials, *rivals)), {}
 
     def true(row: TrialRow) -> float:
-        return truth(world, row, number[values_of(row)], search)
+        return truth(world, row, number[values_key(row)], search)
 
     firsts = [row for row in rivals if not row.repeat_of]
     standing = {row.name: true(row) for row in stand(firsts, found)}
     for choice, rows in (("trial", trials), ("any", [*trials, *rivals])):
         best = best_row(stand(rows, found) if expects else rows)
         assert best is not None
-        one: dict[str, Any] = {"values": best.values if best.kind == "trial" else values_of(best), "alpha": best.alpha}
-        one |= {"truth": true(best), "promise": best.objective, "trainings": number[values_of(best)]}
+        one: dict[str, Any] = {"values": best.values if best.kind == "trial" else values_key(best), "alpha": best.alpha}
+        one |= {"truth": true(best), "promise": best.objective, "trainings": number[values_key(best)]}
         if expects:
             each = found.by_name[best.name]
             one |= {"promise": each.objective, "ends": each.ends}

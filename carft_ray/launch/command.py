@@ -252,7 +252,7 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
         words = progress_words(study.study_dir / training, study.log.store.known(training))
         return f"it continues from {words}"
     now = snapshot(study.study_dir)
-    rows = [*now.trials, *now.repeats] if plan.kind == "trial" else now.of(plan.kind)
+    rows = now.searched if plan.kind == "trial" else now.of(plan.kind)
     wanted, finished = _counts(plan, rows, trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
 

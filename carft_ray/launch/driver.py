@@ -88,7 +88,7 @@ class Driver:
         self._attempts: dict[str, Attempt] = {}  # by the name that whoever runs them has given
         self._giving_up = GivingUp()
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
-        self._num_before = len(self.study.searched())
+        self._num_before = self.study.num_begun()
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
         self._stopping_since = 0.0
@@ -361,7 +361,7 @@ class Driver:
         """Returns at how many trials the search is expected to end; None: at those of the recipe."""
         if self.budget is None or not self.study.recipe.search.repeats:
             return None
-        elapsed_s, begun = time.monotonic() - self.began, len(self.study.searched())
+        elapsed_s, begun = time.monotonic() - self.began, self.study.num_begun()
         end = expected_end(self.budget, elapsed_s, self._held_gpu_s(), self._num_before, begun)
         return None if end is None else min(end, self.study.recipe.search.trials)
 

@@ -171,13 +171,13 @@ def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     folder = shlex.quote(str(study))
     reads, wanted = reads_of(entries), num_trials(view.recipe)
     rows = [*view.trials, *view.all_baselines]
-    expected, begun = view.expected, len(view.trials) + len(view.repeats)
+    expected, begun = view.expected, len(view.searched)
     is_enough = begun >= wanted or (expected is not None and expected.is_worth_less(view.recipe.search.stop_gain))
     finished = is_enough and all(row.outcome != "running" for row in rows)
     steps, trust = [], trust_word(view.recipe)
     if not finished:
         given = view.recipe.search.baselines
-        again = AGAIN if needs_reason(entries, [*view.trials, *view.repeats], view.baselines, wanted, given) else ""
+        again = AGAIN if needs_reason(entries, view.searched, view.baselines, wanted, given) else ""
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"

@@ -74,8 +74,7 @@ def models_of_search(study: Snapshot) -> list[Model]:
     models = []
     for first, role in found:
         trained = study.trainings_of(first)
-        kept = [row for row in trained if files.exists(row.place(study.study_dir) / WEIGHTS)] or trained
-        row = max(kept, key=lambda row: row.objective or 0.0)
+        row = max(_kept(study.study_dir, trained), key=lambda row: row.objective or 0.0)
         num = study.num_finished if role == "winner" else len(trained) * (first.name != ZERO_SHOT)
         name = first.name if role == "baseline" else ""
         models.append(_model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num, name))
@@ -114,9 +113,14 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
     return found
 
 
+def _kept(study_dir: Path, trained: Sequence[TrialRow]) -> Sequence[TrialRow]:
+    """Returns the trainings whose weights the study has; all of them if it has none."""
+    return [row for row in trained if files.exists(row.place(study_dir) / WEIGHTS)] or trained
+
+
 def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number: int) -> Model:
     """Returns the best of a configuration's trainings at its alpha, the first of equals."""
-    kept = [each for each in trained if files.exists(each.place(study_dir) / WEIGHTS)] or trained
+    kept = _kept(study_dir, trained)
     points = [(point_at(result_of(study_dir, each).get("curve") or (), row.alpha), each) for each in kept]
     measured = [(point["objective"], each) for point, each in points if point is not None]
     if not measured:

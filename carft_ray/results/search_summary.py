@@ -1,7 +1,6 @@
 """What a search has found, as data: rows for tables and JSON."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from carft_ray.launch.command import Ran
@@ -27,8 +26,7 @@ from carft_ray.words import counted
 def search_summary(ran: Ran) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum a search up."""
     study = ran.study
-    names = [each.name for each in fields(Snapshot)]
-    view, recipe = Overview(**{name: getattr(study, name) for name in names}), study.recipe
+    view, recipe = Overview.from_snapshot(study), study.recipe
     rows = [view.data(row) for row in (*view.all_baselines, *best_first(view.trials))]
     expected = expected_data(study)
     return {
@@ -52,7 +50,7 @@ def budget_line(ran: Ran) -> str:
     """Returns what a search that its budget has ended leaves unfinished, in a sentence; empty when it was not."""
     if not ran.out_of_budget:
         return ""
-    begun = [row.name for row in (*ran.study.trials, *ran.study.repeats) if row.outcome == "running"]
+    begun = [row.name for row in ran.study.searched if row.outcome == "running"]
     wanted, finished = num_trials(ran.study.recipe), ran.study.num_finished
     stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume continues them" if begun else ""
     done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"

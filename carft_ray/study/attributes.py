@@ -3,10 +3,8 @@
 # of a training, when it begins
 NAME = "name"  # of its folder; ``Journal.ask`` and ``add``
 VALUES = "values"  # over the recipe's ``train``, if the sampler did not draw them; ``Journal.add``, ``space_revisions``
-REPEAT_OF, SEED = (
-    "repeat_of",
-    "seed",
-)  # of a repeat, the first training of its values and its own seed; ``Journal.repeat``
+REPEAT_OF = "repeat_of"  # of a repeat, name of the first training of its values; ``Journal.repeat``
+SEED = "seed"  # of a repeat
 POINT = "point"  # of the recipe (``enqueue``), if the trial tries one; ``proposals.space.ask``
 ATTEMPT = "attempt"  # number of its last attempt; ``Study.next``
 

@@ -136,7 +136,7 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
     rows += [row for row in baselines if row.outcome == "complete" and row.name != ZERO_SHOT]
     by_key: dict[str, dict[int, TrialRow]] = {}
     for row in rows:
-        same_values, seed = by_key.setdefault(values_of(row), {}), int(row.values.get("seed", recipe.train.seed))
+        same_values, seed = by_key.setdefault(values_key(row), {}), int(row.values.get("seed", recipe.train.seed))
         if seed not in same_values or same_values[seed].outcome != "complete":
             same_values[seed] = row
     everything, rows = rows, [row for each in by_key.values() for row in each.values()]
@@ -181,7 +181,7 @@ def expectation(recipe: Recipe, trials: Iterable[TrialRow], baselines: Iterable[
             better={name: found.p_better(at, (g, int(measures[g]))) for name, g in rivals.items() if g != index},
             finishes=2 * len(complete) > len(own),
         )
-    keys = {row.name: values_of(row) for row in everything if row.outcome == "complete"}
+    keys = {row.name: values_key(row) for row in everything if row.outcome == "complete"}
     by_name = {name: expected[key] for name, key in keys.items()}
     indices = {name: places[key] for name, key in keys.items()}
     tried = np.array([index < len(groups) and not _is_baseline(groups[index][0]) for index in range(len(chosen))])
@@ -209,7 +209,7 @@ def _standing(row: TrialRow, each: Expected) -> TrialRow:
     return replace(row, alpha=each.alpha, objective=point["objective"], metrics=metrics)
 
 
-def values_of(row: TrialRow) -> str:
+def values_key(row: TrialRow) -> str:
     """Returns what tells the values of trainings apart: of a baseline its name, of a trial all but its seed."""
     if _is_baseline(row):
         return row.repeat_of or row.name
@@ -263,7 +263,7 @@ def _unit(space: Mapping[str, Parameter], row: TrialRow) -> list[float]:
             found += [float(active and same(value, choice)) / math.sqrt(2) for choice in parameter.choices]
         elif not active:
             found.append(0.5)
-        elif _is_baseline(row) or not isinstance(value, int | float) or (parameter.log and value <= 0):
+        elif not isinstance(value, int | float) or (parameter.log and value <= 0):
             found.append(math.nan)
         else:
             low, high, at = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, float(value)))

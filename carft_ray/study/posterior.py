@@ -23,6 +23,7 @@ Shape letters: N trainings, G values, M measures, d parameters. Everything is de
 """
 
 import functools
+import importlib
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def on_one_thread() -> AbstractContextManager[object]:
 
 @functools.cache
 def _libraries() -> threadpoolctl.ThreadpoolController:
-    scipy.linalg.blas  # noqa: B018  # has a library of its own, which it loads now
+    importlib.import_module("scipy.linalg")  # loads SciPy's own BLAS, which the controller has to see
     return threadpoolctl.ThreadpoolController()
 
 

@@ -14,7 +14,7 @@ from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import Entry, read_ledger
 from carft_ray.study.pareto_front import front_rule
 from carft_ray.study.recipe_identity import study_recipe
-from carft_ray.study.rows import all_rows, best_row, num_finished, readable
+from carft_ray.study.rows import all_rows, best_row, num_finished, readable, searched
 from carft_ray.study.training import Kind, TrialRow
 
 
@@ -71,6 +71,11 @@ class Snapshot:
         return [*self.all_baselines, *self.trials, *self.confirmations]
 
     @property
+    def searched(self) -> list[TrialRow]:
+        """The trainings that count as trials (``rows.searched``)."""
+        return searched(self.trials, self.repeats)
+
+    @property
     def all_baselines(self) -> list[TrialRow]:
         """Baselines, then their repeats."""
         return [*self.baselines, *self.repeats]
@@ -78,7 +83,7 @@ class Snapshot:
     @property
     def num_finished(self) -> int:
         """Trials that have ended, well or not; repeats of baselines are among them."""
-        return num_finished([*self.trials, *self.repeats])
+        return num_finished(self.searched)
 
     def of(self, kind: Kind) -> list[TrialRow]:
         """Returns the trainings of a kind."""

@@ -321,6 +321,11 @@ class Study:
         """Returns the trainings that count as trials of the search (``rows.searched``)."""
         return rows.searched(self.rows(), self.rows("baseline"))
 
+    def num_begun(self) -> int:
+        """Returns how many trainings that count as trials have begun."""
+        repeats = (attr.REPEAT_OF in trial.user_attrs for trial in trainings(self.journal.studies["baseline"]))
+        return len(trainings(self.journal.studies["trial"])) + sum(repeats)
+
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
         return not self.waiting and not self._wants_more()
@@ -348,9 +353,7 @@ class Study:
         return True
 
     def _wants_more(self) -> bool:
-        study, baselines = (self.journal.studies[kind] for kind in ("trial", "baseline"))
-        repeats = sum(attr.REPEAT_OF in trial.user_attrs for trial in trainings(baselines))
-        begun = len(trainings(study)) + repeats
+        study, begun = self.journal.studies["trial"], self.num_begun()
         more = self.asks and begun < self.recipe.search.trials and not self._is_worth_less(begun)
         return more and (not optuna_samplers.used_up(study, self.recipe) or self._repeat() is not None)
 

@@ -265,8 +265,8 @@ def expected_data(study: Snapshot) -> dict[str, Any] | None:
     if found is None:
         return None
     rivals = [each for each in found.by_name.values() if each.kind == "baseline"]
-    nearest = [each for each in (max(rivals, key=lambda each: each.objective, default=None),) if each]
-    shown = [found.best, *(each for each in nearest if each.objective > found.best.objective)]
+    highest = max((found.best, *rivals), key=lambda each: each.objective)  # of equal ones the trial's
+    shown = [found.best] if highest is found.best else [found.best, highest]
     spread, noise = found.deviations
     limit, is_early = study.recipe.search.stop_gain, study.num_finished < num_trials(study.recipe)
     return {

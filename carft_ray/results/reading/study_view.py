@@ -4,9 +4,9 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError, nearest
@@ -47,6 +47,11 @@ class Overview(Snapshot):
     since: Mapping[tuple[str, str], float] = field(default_factory=dict)
     at_a_time: tuple[int, str] | None = None
 
+    @classmethod
+    def from_snapshot(cls, study: Snapshot, **more: Any) -> Self:
+        """Returns a study that was read, and who runs on it; without ``more``, nobody."""
+        return cls(**{each.name: getattr(study, each.name) for each in fields(Snapshot)}, **more)
+
     @property
     def held_s(self) -> float | None:
         """For how many seconds its holder has had it, whatever the clocks show; None without one."""
@@ -71,7 +76,7 @@ class Overview(Snapshot):
 
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state."""
-        found = [self.state(row) for row in (*self.trials, *self.repeats)]
+        found = [self.state(row) for row in self.searched]
         return {state: found.count(state) for state in STATES}
 
     def data(self, row: TrialRow) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def read_study(place: Place, need: int = PER_IMAGE) -> Overview:
     running = (row for row in found.rows if row.outcome == "running")
     bring(study_dir, [f"{row.training}/{METRICS}" for row in running])  # by which the epoch is shown
     number = at_a_time(log) if holder else None
-    return Overview(**vars(found), holder=holder, stopping=asked, since=since, at_a_time=number)
+    return Overview.from_snapshot(found, holder=holder, stopping=asked, since=since, at_a_time=number)
 
 
 def studies_in(folder: Path) -> list[Path]:
@@ -199,7 +204,7 @@ def total_trials(written: str, overview: Overview) -> int:
     if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
         rule = "must be a whole number of trials from 1, or +N for N more"
         raise UsageError(Problem("--trials", rule, repr(written)))
-    begun, total = len(overview.trials) + len(overview.repeats), overview.recipe.search.trials
+    begun, total = len(overview.searched), overview.recipe.search.trials
     if written.strip().startswith("+"):
         is_done = overview.num_finished >= num_trials(overview.recipe)
         return max(total, begun) + int(digits) if is_done else total

@@ -22,7 +22,7 @@ import numpy as np
 
 from carft_ray.recipe.rules import startup_trials
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.expected import Expectation, values_of
+from carft_ray.study.expected import Expectation, values_key
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.training import TrialRow
 
@@ -70,7 +70,7 @@ def next_repeat(
     by_values: dict[str, list[TrialRow]] = {}
     for row in (*trials, *own):
         if not row.outside:
-            by_values.setdefault(values_of(row), []).append(row)
+            by_values.setdefault(values_key(row), []).append(row)
     most = max((len(rows) for rows in by_values.values() if rows[0].kind == "trial"), default=0)
     may = {
         rows[0].name: rows
