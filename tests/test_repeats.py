@@ -103,6 +103,15 @@ def test_the_grid_is_tried_first_and_repeats_come_on_top_of_it(tmp_path):
     assert all(row.repeat_of for row in now.trials[6:])
 
 
+@pytest.mark.parametrize(
+    ("values", "share", "number"), [([0.1, 1, 10], 0.8, 15), ([0.1, 0.2, 0.4, 0.8, 1, 2, 4, 8, 10], 0.55, 20)]
+)
+def test_the_grid_with_its_repeats_ends_where_it_is_said_to_end(tmp_path, values, share, number):
+    grid = recipe(40, repeats=share, space={"kl_weight": {"choices": values}}, sampler={"name": "grid"}, baselines={})
+    run_search(tmp_path, grid, luck)
+    assert num_trials(grid) == len(snapshot(tmp_path).trials) == number
+
+
 def test_given_points_come_first(tmp_path):
     points = [{"learning_rate": 1e-4 * (1 + n), "kl_weight": 1} for n in range(12)]
     run_search(tmp_path, recipe(16, enqueue=points), luck)

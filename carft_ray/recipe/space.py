@@ -140,7 +140,8 @@ def num_trials(recipe: Recipe) -> int:
     """
     search = recipe.search
     size = grid_size(search.space) if search.sampler.name == "grid" else None
-    return search.trials if size is None else min(search.trials, math.ceil(size / (1 - search.repeats)))
+    # rounded as in ``proposals.repeats``: 3 / (1 - 0.8) is a little more than 15
+    return search.trials if size is None else min(search.trials, math.ceil(round(size / (1 - search.repeats), 9)))
 
 
 def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def next_repeat(
     number = len(trials) + sum(bool(row.repeat_of) for row in own)
     due = recipe.search.repeats * number * min(1, number / (recipe.search.trials if end is None else max(1, end)))
     is_early = end != 0 and number - repeated < startup_trials(recipe)
-    if is_early or repeated >= due:
+    if is_early or repeated >= round(due, 9):  # 0.55 * 20 is a little more than 11
         return None
     by_values: dict[str, list[TrialRow]] = {}
     for row in (*trials, *own):
