@@ -146,7 +146,7 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
     if not is_whole or not {*baselines} <= {*names} or not {*space} <= {*finished}:
         rule = "must have the recipe's baselines, parameters, alphas, and two or more seeds, the same per configuration"
         raise UsageError(Problem(str(path), rule))
-    frozen = _curve(finished, (0.0,))[0]
+    frozen = curve_of(finished, (0.0,))[0]
     first = {name: by_key[name, seeds[0]] for name in names}
     values = [dict(baselines.get(name) or {key: first[name][key] for key in space}) for name in names]
     curves = [[_measured(by_key[name, seed], alphas, frozen) for seed in seeds] for name in names]
@@ -154,10 +154,11 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
 
 
 def _measured(row: Mapping[str, Any], alphas: Sequence[float], frozen: FloatArray) -> FloatArray:
-    return np.tile(frozen, (len(alphas), 1)) if row["diverged"] else _curve(row, alphas)
+    return np.tile(frozen, (len(alphas), 1)) if row["diverged"] else curve_of(row, alphas)
 
 
-def _curve(row: Mapping[str, Any], alphas: Sequence[float]) -> FloatArray:
+def curve_of(row: Mapping[str, Any], alphas: Sequence[float]) -> FloatArray:
+    """Returns the curve of a result, [A, K]."""
     points = [next(point for point in row["curve"] if abs(point["alpha"] - alpha) < EDGE) for alpha in alphas]
     return np.array([[point[name] for name in MEASURES] for point in points])
 

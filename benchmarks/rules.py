@@ -25,6 +25,7 @@ from carft_ray.study.rows import ZERO_SHOT, best_row, searched
 from carft_ray.study.training import Kind, TrialRow
 
 TODAY = "today"
+REPEATED = "N times"  # of each baseline, in place of a search
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,20 @@ RULES = {
 }
 
 
-def run_rules(world: World, recipe: Recipe, trainings: int, search: int) -> dict[str, dict[str, Any]]:
+def run_rules(
+    world: World, recipe: Recipe, trainings: int, search: int, names: Sequence[str] = (*RULES, REPEATED)
+) -> dict[str, dict[str, Any]]:
     """Returns what each rule has found in a search of so many trainings; rules with the same trainings share them."""
     found, ended = {}, {}
     for name, rule in RULES.items():
+        if name not in names:
+            continue
         own, key = as_searched(recipe, trainings, rule.repeats, search), (rule.repeats, rule.told)
         if key not in ended:
             ended[key] = run_search(world, own, search, rule.told)
         found[name] = judged(world, own, search, rule.expects, *ended[key])
-    for name in recipe.search.baselines:
-        found[f"{name} N times"] = repeated_baseline(world, as_searched(recipe, trainings, 0, search), search, name)
+    for name in recipe.search.baselines if REPEATED in names else ():
+        found[f"{name} {REPEATED}"] = repeated_baseline(world, as_searched(recipe, trainings, 0, search), search, name)
     return found
 
 

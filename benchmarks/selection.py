@@ -25,8 +25,11 @@ at its alpha. In points, with 95 % intervals over searches:
     new, again   different values among the trials; trainings of baselines beyond the first; means
 
 A second table shows how often choices are truly better than a baseline, by the probability that was given for this. All
-results of the searches are in ``searches-HASH.jsonl`` and all numbers in ``summary-HASH.json``; HASH is that of table
-and recipe. A killed run continues with the same command; after a change of the product use another folder.
+results of the searches are in ``searches-HASH.jsonl`` and all numbers in ``summary-HASH.json``; HASH is that of table,
+recipe and rules. A killed run continues with the same command; after a change of the product use another folder.
+
+One more world is not simulated (``benchmarks.trained``): ``--worlds trained --trainings 16 --searches 5 --rules ...``
+runs real trainings, and the truth is the mean of three fresh seeds. No test set is read.
 """
 
 import argparse
@@ -47,8 +50,9 @@ from typing import Any
 import numpy as np
 import optuna
 
-from benchmarks.emulators import EDGE, SeedTable, make_world, read_table
-from benchmarks.rules import TODAY, run_rules, student
+from benchmarks.emulators import EDGE, SeedTable, World, make_world, read_table
+from benchmarks.rules import REPEATED, RULES, TODAY, run_rules, student
+from benchmarks.trained import Trained
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.metrics import wilson
@@ -57,6 +61,7 @@ from carft_ray.ui import console
 
 TABLES = Path(__file__).resolve().parent / "tables"
 WORLDS = ("smooth", "rough", "flat", "table")
+TRAINED = "trained"
 SEARCHES = {16: 1000, 32: 300, 64: 100}  # by the number of trainings
 MARGIN = 0.002  # worse than a baseline by more
 BINS = 5  # of probabilities
@@ -78,29 +83,53 @@ class Task:
         return self.trainings * (1 + self.trainings / 100)
 
 
-_here: dict[str, Any] = {}  # of a worker process: the table and the worlds made of it so far
+@dataclass(frozen=True)
+class Here:
+    """What searches are made of; goes to worker processes.
+
+    Attributes:
+        table: Of the recipe.
+        rules: Their names, with today's.
+        out: Folder of the results.
+    """
+
+    table: SeedTable
+    rules: tuple[str, ...]
+    out: Path
+
+    def world(self, name: str) -> World:
+        """Returns a world by its name."""
+        return self.trained() if name == TRAINED else make_world(name, self.table)
+
+    def trained(self) -> Trained:
+        """Returns the world of real trainings."""
+        return Trained(self.table, self.out / TRAINED, TABLES / f"{self.table.recipe.name}-trained.jsonl")
 
 
-def _begin_worker(table: SeedTable) -> None:
+_here: dict[str, Any] = {}  # of a worker process: of what searches are made, and the worlds made of it so far
+
+
+def _begin_worker(here: Here) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _here.update(table=table, worlds={})
+    _here.update(here=here, worlds={})
 
 
 def _run(task: Task) -> dict[str, Any]:
+    here: Here = _here["here"]
     if task.world not in _here["worlds"]:
-        _here["worlds"][task.world] = make_world(task.world, _here["table"])
-    found = run_rules(_here["worlds"][task.world], _here["table"].recipe, task.trainings, task.search)
-    return {**vars(task), "rules": found}
+        _here["worlds"][task.world] = here.world(task.world)
+    world = _here["worlds"][task.world]
+    return {**vars(task), "rules": run_rules(world, here.table.recipe, task.trainings, task.search, here.rules)}
 
 
-def results(table: SeedTable, tasks: Sequence[Task], processes: int) -> Iterator[dict[str, Any]]:
+def results(here: Here, tasks: Sequence[Task], processes: int) -> Iterator[dict[str, Any]]:
     """Runs tasks in worker processes, or here if it is one; gives each result as soon as it is there."""
     if processes == 1:
-        _begin_worker(table)
+        _begin_worker(here)
         yield from map(_run, tasks)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of small matrices more threads are many times slower
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin_worker, (table,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin_worker, (here,)) as pool:
         left, running = iter(tasks), set[Future[dict[str, Any]]]()
         while True:
             running |= {pool.submit(_run, task) for task in islice(left, 2 * processes - len(running))}
@@ -125,14 +154,17 @@ def read_results(path: Path) -> dict[Task, dict[str, Any]]:
     return found
 
 
-def run_all(table: SeedTable, path: Path, tasks: Sequence[Task], processes: int) -> None:
+def run_all(here: Here, path: Path, tasks: Sequence[Task], processes: int) -> None:
     """Runs the searches that a file lacks, and appends their results to it."""
     known = read_results(path)
     todo = [task for task in tasks if task not in known]
     began, said, done, total = time.monotonic(), 0.0, 0.0, sum(task.cost for task in todo)
-    for result in results(table, todo, processes):
+    trained = here.trained() if any(task.world == TRAINED for task in todo) else None
+    for result in results(here, todo, processes):
         files.append_line(path, json.dumps(result), is_flushed=False)
         task = task_of(result)
+        if trained is not None:
+            trained.collect()
         done += task.cost
         elapsed = time.monotonic() - began
         if elapsed - said > SAY_S:
@@ -241,25 +273,24 @@ def _head(names: Sequence[str]) -> tuple[str, str]:
     return f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"
 
 
-def run(table: SeedTable, out: Path, tasks: Sequence[Task], processes: int, name: str) -> None:
+def run(here: Here, tasks: Sequence[Task], processes: int, name: str) -> None:
     """Runs the searches that are missing, prints their tables and writes their numbers.
 
     Args:
-        table: From which the worlds are made.
-        out: Folder of the results.
+        here: Of what searches are made.
         tasks: The searches.
         processes: At a time.
-        name: Of the results, which tells table and recipe.
+        name: Of the results, which tells table, recipe and rules.
     """
-    path = out / f"searches-{name}.jsonl"
-    run_all(table, path, tasks, processes)
+    path = here.out / f"searches-{name}.jsonl"
+    run_all(here, path, tasks, processes)
     known, numbers = read_results(path), []
     for world, trainings in dict.fromkeys((task.world, task.trainings) for task in tasks):
         found = [known[task] for task in tasks if (task.world, task.trainings) == (world, trainings)]
-        lines = summary(found, world != "table")
+        lines = summary(found, world not in ("table", TRAINED))
         print("\n".join(tables_of(world, trainings, lines)))
         numbers += [{"world": world, "trainings": trainings, **line} for line in lines]
-    files.write_text(out / f"summary-{name}.json", json.dumps(numbers, indent=1) + "\n")
+    files.write_text(here.out / f"summary-{name}.json", json.dumps(numbers, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="the recipe of a table, as examples/pacs/photo.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--table", type=Path, help="default: benchmarks/tables/NAME-seeds.parquet")
-    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=WORLDS, help=f"({' '.join(WORLDS)})")
+    parser.add_argument("--worlds", nargs="+", choices=(*WORLDS, TRAINED), default=WORLDS, help=f"({' '.join(WORLDS)})")
+    names = (*RULES, REPEATED)
+    parser.add_argument("--rules", nargs="+", choices=names, default=names, help=f"besides {TODAY} (all)")
     words = " ".join(map(str, SEARCHES))
     parser.add_argument("--trainings", nargs="+", type=int, choices=[*SEARCHES], default=[*SEARCHES], help=f"({words})")
     words = ", ".join(f"{number} of {trainings}" for trainings, number in SEARCHES.items())
@@ -290,8 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for search in range(min(SEARCHES[trainings], given.searches or SEARCHES[trainings]))
             if world != "table" or trainings <= most
         ]
-        digest = hashlib.sha256(path.read_bytes() + recipe_hash(recipe).encode()).hexdigest()
-        run(table, given.out, tasks, given.processes, digest[:8])
+        kept = tuple(name for name in names if name in (TODAY, *given.rules))
+        content = [path.read_bytes(), recipe_hash(recipe).encode(), *(name.encode() for name in kept)]
+        run(Here(table, kept, given.out), tasks, given.processes, hashlib.sha256(b"".join(content)).hexdigest()[:8])
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

@@ -158,22 +158,23 @@ def _place(folder: Path) -> Path:
     return folder / f"{ATTEMPT}{max(1, len(list(folder.glob(f'{ATTEMPT}*'))))}"
 
 
-def open_bench(recipe: Recipe, out: Path) -> Bench:
+def open_bench(recipe: Recipe, out: Path, reads_tests: bool = True) -> Bench:
     """Prepares what all trainings share, reads zero-shot on the test sets, and returns where everything lives.
 
     Args:
-        recipe: With ``id_test`` and ``ood_test``.
+        recipe: With ``id_test`` and ``ood_test`` if they are read.
         out: Folder of the benchmark; git ignores what is in it.
+        reads_tests: Whether test sets are read.
     """
     torch.set_num_threads(1)
     inputs = load_shared_inputs(recipe)
-    tests = _test_sets(recipe, inputs)
+    tests = _test_sets(recipe, inputs) if reads_tests else []
     parts = [inputs.key, *(getattr(recipe, part).model_dump(mode="json") for part in ("data", "train", "search"))]
     bench = Bench(recipe, out / _digest(parts))
     bench.folder.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
     prepare(recipe, bench.prepared_dir, lambda text: print(text, file=sys.stderr))
-    if not bench.zero_shot_test_path.exists():
+    if tests and not bench.zero_shot_test_path.exists():
         heads = load_tensors(bench.prepared_dir / "heads.safetensors")
         classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, CPU)
         table = predict_all(classifier, tests, 0.0, recipe.evaluate.batch_size, RunContext())
@@ -217,7 +218,7 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
         stop_on_signal(lambda name: files.write_text(bench.stop_path, f"{name}\n")),
         ProcessPoolExecutor(min(processes, max(1, len(todo))), context, _begin_worker) as pool,
     ):
-        futures = {pool.submit(_run, bench, planned): planned for planned in todo}
+        futures = {pool.submit(run_one, bench, planned): planned for planned in todo}
         try:
             for future in as_completed(futures):
                 if future.result():
@@ -235,8 +236,8 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
     return [Finished(planned, bench.training_dir(planned)) for planned in plans]
 
 
-def _run(bench: Bench, planned: Planned) -> bool:
-    """Runs one training in a worker process; False: it was stopped."""
+def run_one(bench: Bench, planned: Planned) -> bool:
+    """Runs one training in this process; False: it was stopped."""
     if bench.stop_path.exists():
         return False
     recipe, folder = apply(bench.recipe, planned.values), bench.training_dir(planned)

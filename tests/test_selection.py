@@ -2,15 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 
-from benchmarks import emulators, rules, selection
+from benchmarks import emulators, rules, selection, trained
 from benchmarks.seed_table import design
 from benchmarks.table import write_table
+from benchmarks.trainings import Bench
+from carft_ray.errors import UsageError
+from carft_ray.files import write_json
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.rows import searched
 
@@ -149,10 +153,22 @@ def test_repeats_are_told_to_the_sampler_with_their_own_objective_or_with_the_ex
     assert told[-1] != [row.objective for row in trials[: last.number]]
 
 
-def test_a_killed_run_continues_and_has_the_same_numbers(path, tmp_path, capsys, monkeypatch):
-    few = {name: rules.RULES[name] for name in (*PAIR, "repeats .5")}
-    monkeypatch.setattr(rules, "RULES", few)
-    words = ["--table", str(path), "--out", str(tmp_path), "--trainings", "16", "--worlds", "flat", "table"]
+def test_a_killed_run_continues_and_has_the_same_numbers(path, tmp_path, capsys):
+    few = (*PAIR, "repeats .5")
+    words = [
+        "--rules",
+        *few,
+        "N times",
+        "--table",
+        str(path),
+        "--out",
+        str(tmp_path),
+        "--trainings",
+        "16",
+        "--worlds",
+        "flat",
+        "table",
+    ]
 
     def call():
         assert selection.main([str(RECIPE), *words, "--searches", "2", "--processes", "1"]) == 0
@@ -179,11 +195,41 @@ def test_a_killed_run_continues_and_has_the_same_numbers(path, tmp_path, capsys,
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same(table):
+def test_two_processes_find_the_same(table, tmp_path):
+    here = selection.Here(table, ("today", "expected", "repeats .5"), tmp_path)
     tasks = [selection.Task("rough", 16, search) for search in (0, 1)]
-    alone, both = (list(selection.results(table, tasks, processes)) for processes in (1, 2))
+    alone, both = (list(selection.results(here, tasks, processes)) for processes in (1, 2))
     by_search = {result["search"]: result for result in both}
     assert json.dumps(alone) == json.dumps([by_search[0], by_search[1]])
+
+
+def test_real_trainings_are_run_once_and_kept_for_the_next_machine(table, tmp_path, monkeypatch):
+    run = []
+
+    def run_one(bench, planned):
+        run.append(dict(planned.values))
+        result = {"curve": curve(planned.values, 0.001 * (planned.values["seed"] % 7))}
+        write_json(bench.training_dir(planned) / "attempt-1" / "result.json", result)
+
+    monkeypatch.setattr(trained, "run_one", run_one)
+    monkeypatch.setattr(trained, "open_bench", lambda recipe, out, reads_tests: Bench(recipe, out))
+    names, file = ("today", "expected", "repeats .5"), tmp_path / "trained.jsonl"
+    world = trained.Trained(table, tmp_path / "first", file)
+    found = rules.run_rules(world, table.recipe, 12, 1, names)
+    assert len(run) == len({json.dumps(each) for each in run})
+    assert all(each["seed"] in (0, 1, 2, *trained.FRESH) for each in run)
+    best = found["repeats .5"]["choices"]["trial"]
+    at = world.alphas.index(best["alpha"])
+    fresh = [curve(best["values"], 0.001 * (seed % 7))[1 + at]["objective"] for seed in trained.FRESH]
+    assert best["truth"] == pytest.approx(np.mean(fresh))
+    world.collect()
+    run.clear()
+    again = trained.Trained(table, tmp_path / "second", file)
+    assert rules.run_rules(again, table.recipe, 12, 1, names) == found
+    assert not run
+    others = table.recipe.model_copy(update={"train": table.recipe.train.model_copy(update={"epochs": 5})})
+    with pytest.raises(UsageError, match="must be of these trainings"):
+        trained.Trained(replace(table, recipe=others), tmp_path, file)
 
 
 def test_numbers_of_made_up_searches():
