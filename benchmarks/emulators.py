@@ -88,6 +88,7 @@ class SeedTable:
         values: Over the recipe's ``train``, C.
         curves: [C, S, A, K].
         frozen: Of the zero-shot model, [K].
+        answers: Which validation images it answers right, as ``seed_table.frozen_answers`` gives them.
     """
 
     recipe: Recipe
@@ -96,6 +97,7 @@ class SeedTable:
     values: tuple[dict[str, Any], ...]
     curves: FloatArray
     frozen: FloatArray
+    answers: str
 
     def place(self, values: Values) -> int:
         """Returns the configuration with these values."""
@@ -134,7 +136,8 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
     if not path.is_file():
         step = "Make it with python -m benchmarks.seed_table, or name it with --table."
         raise UsageError(Problem(str(path), "must be a table of benchmarks.seed_table", next_step=step))
-    rows = pq.read_table(path).to_pylist()
+    content = pq.read_table(path)
+    rows, answers = content.to_pylist(), (content.schema.metadata or {}).get(b"frozen", b"").decode()
     names = tuple(dict.fromkeys(row["configuration"] for row in rows))
     seeds = sorted({row["seed"] for row in rows})
     by_key = {(row["configuration"], row["seed"]): row for row in rows}
@@ -150,7 +153,7 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
     first = {name: by_key[name, seeds[0]] for name in names}
     values = [dict(baselines.get(name) or {key: first[name][key] for key in space}) for name in names]
     curves = [[_measured(by_key[name, seed], alphas, frozen) for seed in seeds] for name in names]
-    return SeedTable(recipe, alphas, names, tuple(values), np.array(curves), frozen)
+    return SeedTable(recipe, alphas, names, tuple(values), np.array(curves), frozen, answers)
 
 
 def _measured(row: Mapping[str, Any], alphas: Sequence[float], frozen: FloatArray) -> FloatArray:

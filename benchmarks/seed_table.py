@@ -11,9 +11,10 @@ tables. No claim about test domains is made from it, and the recipes of ``exampl
     curve    list of {alpha, objective, id_accuracy, ood_accuracy, accuracy/<set>, correct, tests}
 
 ``correct`` and ``tests`` hold one bit per validation and test image (``numpy.packbits``). The metadata of the schema
-have the sets and their sizes, commit and recipe hash. A training that diverged has its values and nothing else.
-Fine-tuned weights stay in the folder of the trainings (4 GB), outside git. Finished trainings are not run again: a
-killed benchmark continues with the same command, and a table that has some of the trainings gets the others.
+have the sets and their sizes, commit, recipe hash, and which images the zero-shot model answers right. A training that
+diverged has its values and nothing else. Fine-tuned weights stay in the folder of the trainings (4 GB), outside git.
+Finished trainings are not run again: a killed benchmark continues with the same command, and a table that has some of
+the trainings gets the others, on another machine, too.
 """
 
 import argparse
@@ -28,11 +29,12 @@ from scipy.stats import qmc
 
 from benchmarks.acceptance import value_at
 from benchmarks.table import correct_bits, write_table
-from benchmarks.trainings import ID_TEST, Clock, Finished, Planned, open_bench, run_all, space_of
+from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all, space_of
 from carft_ray import environment
 from carft_ray.errors import CarftError, Problem, UsageError
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.evaluation.predictions import correct_matrix
+from carft_ray.evaluation.predictions import correct_matrix, read_predictions
+from carft_ray.layout import ZERO_SHOT_TABLE
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.ui import console
@@ -41,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "benchmarks" / "tables"
 NUM_CONFIGURATIONS, SEEDS = 24, (0, 1, 2, 3)
 DESIGN_SEED = 0
+MOST_APART = 0.01  # of the validation images, that one model answers otherwise on two processors
 SHARE = 0.2  # of each test set, its first images: for tables
 
 
@@ -111,8 +114,8 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
     """
     bench = open_bench(for_tables(recipe), out)
     alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
-    told = what_is_trained(recipe, number)
-    rows = _rows_of(table_path, told)
+    told, frozen = what_is_trained(recipe, number), frozen_answers(bench)
+    rows = _rows_of(table_path, told, frozen)
     has = {(row["configuration"], row["seed"]) for row in rows}
     sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
     planned = {
@@ -134,6 +137,7 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
             "recipe": recipe.name,
             "recipe_hash": recipe_hash(recipe),
             "trained": told,
+            "frozen": frozen,
             "commit": environment.git_state(ROOT)[0] or "",
             "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
             "tests": json.dumps(num_tests),
@@ -155,15 +159,41 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _rows_of(path: Path, told: str) -> list[dict[str, Any]]:
+def frozen_answers(bench: Bench) -> str:
+    """Returns which validation images the zero-shot model answers right, a bit each, in hexadecimal digits."""
+    found = read_predictions(bench.prepared_dir / ZERO_SHOT_TABLE)
+    return correct_bits(found, 0.0, (ID_SET, *bench.recipe.data.ood_val)).hex()
+
+
+def check_model(path: Path, known: str, frozen: str) -> None:
+    """Checks that the trainings of a file began from this model. Another processor may answer a few images otherwise.
+
+    Args:
+        path: The file.
+        known: Answers of the model of its trainings, as ``frozen_answers`` gives them.
+        frozen: Answers of this model.
+
+    Raises:
+        UsageError: They began from another one.
+    """
+    num, apart = 4 * len(frozen), (int(known or "0", 16) ^ int(frozen, 16)).bit_count()
+    if apart > num * MOST_APART:
+        got = f"those of a model that answers {apart} of {num} validation images otherwise"
+        step = "Make the model anew with the libraries of before; or remove the file."
+        raise UsageError(Problem(str(path), "must be of trainings of this model", got, next_step=step))
+
+
+def _rows_of(path: Path, told: str, frozen: str) -> list[dict[str, Any]]:
     """Returns the trainings that a table has; none where it does not exist."""
     if not path.exists():
         return []
     table = pq.read_table(path)
-    known = (table.schema.metadata or {}).get(b"trained", b"").decode()
+    words = table.schema.metadata or {}
+    known = words.get(b"trained", b"").decode()
     if known != told:
         step = "Give another file with --table, or remove this one."
         raise UsageError(Problem(str(path), "must be a table of these trainings", known[:80], next_step=step))
+    check_model(path, words.get(b"frozen", b"").decode(), frozen)
     return list(table.to_pylist())
 
 

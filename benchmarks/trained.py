@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulators import MEASURES, FloatArray, SeedTable, Values, curve_of, identity
-from benchmarks.seed_table import what_is_trained
+from benchmarks.seed_table import check_model, frozen_answers, what_is_trained
 from benchmarks.trainings import Finished, Planned, open_bench, run_one
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError
@@ -32,7 +32,7 @@ class Trained:
         path: File of their curves, which grows with ``collect``.
 
     Raises:
-        UsageError: The file is of another recipe.
+        UsageError: The file or the table is of another recipe or model.
     """
 
     is_exact: bool = False
@@ -43,6 +43,8 @@ class Trained:
         self.alphas, self.frozen, self._table, self._path = table.alphas, table.frozen, table, path
         self._told = what_is_trained(table.recipe, len(table.names))
         self._bench = open_bench(table.recipe, out, reads_tests=False)
+        self._answers = frozen_answers(self._bench)
+        check_model(Path("the seed table"), table.answers, self._answers)
         self._known: dict[tuple[str, int], FloatArray] = {
             (identity(values), seed): curves[seed]
             for values, curves in zip(table.values, table.curves, strict=True)
@@ -81,7 +83,13 @@ class Trained:
         for path in sorted(self._bench.folder.glob("trainings/*/curve.json")):
             line = json.loads(path.read_text())
             lines[identity(line["values"]), line["seed"]] = line
-        head = {"trained": self._told, "sets": "validation", "measures": MEASURES, "alphas": self.alphas}
+        head = {
+            "trained": self._told,
+            "frozen": self._answers,
+            "sets": "validation",
+            "measures": MEASURES,
+            "alphas": self.alphas,
+        }
         texts = [json.dumps(line) for line in (head, *lines.values())]
         files.write_text(self._path, "\n".join(texts) + "\n")
 
@@ -93,4 +101,5 @@ class Trained:
         if head["trained"] != self._told:
             step = "Remove it, or take the recipe of before."
             raise UsageError(Problem(str(self._path), "must be of these trainings", next_step=step))
+        check_model(self._path, head["frozen"], self._answers)
         return lines

@@ -55,7 +55,7 @@ def path(recipe, tmp_path_factory):
             row = {"configuration": name, **values, "seed": seed, "diverged": False}
             rows.append({**row, "curve": curve(values, of_seed[seed] + rng.normal(0, noise))})
     path = tmp_path_factory.mktemp("tables") / "made-up.parquet"
-    write_table(path, rows, {})
+    write_table(path, rows, {"frozen": "ff00"})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return path
 
@@ -213,6 +213,7 @@ def test_real_trainings_are_run_once_and_kept_for_the_next_machine(table, tmp_pa
 
     monkeypatch.setattr(trained, "run_one", run_one)
     monkeypatch.setattr(trained, "open_bench", lambda recipe, out, reads_tests: Bench(recipe, out))
+    monkeypatch.setattr(trained, "frozen_answers", lambda bench: table.answers)
     names, file = ("today", "expected", "repeats .5"), tmp_path / "trained.jsonl"
     world = trained.Trained(table, tmp_path / "first", file)
     found = rules.run_rules(world, table.recipe, 12, 1, names)
@@ -230,6 +231,9 @@ def test_real_trainings_are_run_once_and_kept_for_the_next_machine(table, tmp_pa
     others = table.recipe.model_copy(update={"train": table.recipe.train.model_copy(update={"epochs": 5})})
     with pytest.raises(UsageError, match="must be of these trainings"):
         trained.Trained(replace(table, recipe=others), tmp_path, file)
+    monkeypatch.setattr(trained, "frozen_answers", lambda bench: "f0f0")
+    with pytest.raises(UsageError, match="answers 8 of 16 validation images otherwise"):
+        trained.Trained(table, tmp_path, file)
 
 
 def test_numbers_of_made_up_searches():

@@ -242,7 +242,7 @@ def compare_padding(work: Path, prepared: Prepared) -> None:
     A guess among the classes of ImageNet is right if the photograph's thing is the class or above it; things with no
     class or with more than 150 are left out. TensorFlow's BatchNorm adds 1e-3 to the variance, timm's own 1e-5.
     """
-    own: Any = timm.create_model("efficientnet_lite0", pretrained=False).eval().requires_grad_(False)
+    own: Any = timm.create_model("efficientnet_lite0", pretrained=False).double().eval().requires_grad_(False)
     own.load_state_dict(
         {
             name: tensor + (1e-3 - 1e-5 if name.endswith("running_var") else 0)
@@ -254,7 +254,7 @@ def compare_padding(work: Path, prepared: Prepared) -> None:
         sets = held_out(work, dataclasses.replace(prepared, tower=tower), padding)
         ranks, losses = [], []
         for name in ("animals", "stamps"):
-            log_p = tower.classifier(sets[name].features).log_softmax(1)
+            log_p = tower.classifier(sets[name].features.double()).log_softmax(1)
             for row, thing in enumerate(synset_of_drawing(one.lower(), prepared.nouns) for one in sets[name].names):
                 right = [number for number, chain in enumerate(chains) if thing in chain]
                 if 0 < len(right) <= 150:
@@ -266,7 +266,6 @@ def compare_padding(work: Path, prepared: Prepared) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Trains and measures the named variants, or all; measures a folder of make_clip.py."""
-    torch.set_num_threads(1)
     work = Path(words[0])
     prepared = make_clip.prepare(work, print)
     sets = held_out(work, prepared)

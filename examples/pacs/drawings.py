@@ -70,10 +70,10 @@ def view(drawing: Image.Image, style: str, draw: np.random.Generator) -> Image.I
     ground.paste(small, (left, top), small)
     if style == "paint":
         coarse = ground.filter(ImageFilter.ModeFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
-        pixels = np.asarray(coarse, np.float32) + draw.normal(0, 8, (SIZE, SIZE, 1))
+        pixels = np.asarray(coarse, np.float64) + draw.normal(0, 8, (SIZE, SIZE, 1))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if style == "lines":
-        grey = np.asarray(ground.convert("L").filter(ImageFilter.GaussianBlur(0.7)), np.float32)
+        grey = np.asarray(ground.convert("L").filter(ImageFilter.GaussianBlur(0.7)), np.float64)
         across, down = np.gradient(grey)
         edges = np.hypot(across, down)
         dark = (edges / max(1.0, float(np.quantile(edges, 0.97)))).clip(0, 1) * draw.uniform(150, 255)

