@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "benchmarks" / "tables"
 NUM_CONFIGURATIONS, SEEDS = 24, (0, 1, 2, 3)
 DESIGN_SEED = 0
+AT_ONCE = 3  # trainings per process, after which the table is written
 MOST_APART = 0.01  # of the validation images, that one model answers otherwise on two processors
 SHARE = 0.2  # of each test set, its first images: for tables
 
@@ -107,7 +108,7 @@ def _first(spec: Any) -> Any:
 
 
 def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: int) -> None:
-    """Runs the trainings that the table has not, so many at a time with one thread each, and writes it after each seed.
+    """Runs the trainings that the table has not, so many at a time with one thread each, and writes it often.
 
     Raises:
         UsageError: The table is of other trainings.
@@ -125,25 +126,23 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         if (name, seed) not in has
     }
     clock = Clock(sum(each.cost for each in planned.values()))
-    for seed in SEEDS:
-        plans = {name: each for (name, of), each in planned.items() if of == seed}
-        if not plans:
-            continue
-        trainings = run_all(bench, [*plans.values()], processes, clock)
-        rows += [row_of(name, training, sets, tests) for name, training in zip(plans, trainings, strict=True)]
-        one = next(training for training in trainings if not training.diverged)
-        num_tests = {name: len(correct_matrix([(one.test, alphas[-1])], name)[0]) for name in tests}
-        words = {
-            "recipe": recipe.name,
-            "recipe_hash": recipe_hash(recipe),
-            "trained": told,
-            "frozen": frozen,
-            "commit": environment.git_state(ROOT)[0] or "",
-            "sets": json.dumps({name: one.result["num_images"][name] for name in sets}),
-            "tests": json.dumps(num_tests),
-        }
+    sizes = {
+        "sets": {name: num_images(bench.prepared_dir / ZERO_SHOT_TABLE, name) for name in sets},
+        "tests": {name: num_images(bench.zero_shot_test_path, name) for name in tests},
+    }
+    words = {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "trained": told, "frozen": frozen}
+    words |= {"commit": environment.git_state(ROOT)[0] or "", **{key: json.dumps(each) for key, each in sizes.items()}}
+    while planned:
+        some = [(key, planned.pop(key)) for key in [*planned][: AT_ONCE * processes]]
+        trainings = run_all(bench, [each for _, each in some], processes, clock)
+        rows += [row_of(name, each, sets, tests) for ((name, _), _), each in zip(some, trainings, strict=True)]
         write_table(table_path, rows, words)
-        print(f"seed {seed}: {len(rows)} trainings, {sum(row['diverged'] for row in rows)} diverged; {table_path}")
+        print(f"{len(rows)} trainings, {sum(row['diverged'] for row in rows)} diverged; {table_path}", flush=True)
+
+
+def num_images(path: Path, name: str) -> int:
+    """Returns how many images of a set have predictions of the zero-shot model."""
+    return len(correct_matrix([(read_predictions(path), 0.0)], name)[0])
 
 
 def what_is_trained(recipe: Recipe, number: int) -> str:

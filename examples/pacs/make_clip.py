@@ -381,11 +381,7 @@ def train(
     """
     nouns = prepared.nouns
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)  # random weights that are made in float32 depend on the processor
-    try:
-        model = open_clip.CLIP(**MODEL)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = open_clip.CLIP(**MODEL).double()
     model.visual.trunk.load_state_dict(prepared.tower.state_dict(), strict=False)
     things = [*prepared.classes, *prepared.synsets]
     known = list(dict.fromkeys(one for synset in things for one in with_hypernyms(synset, nouns)))
