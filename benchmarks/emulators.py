@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.interpolate import RBFInterpolator
 
@@ -88,7 +89,7 @@ class SeedTable:
         values: Over the recipe's ``train``, C.
         curves: [C, S, A, K].
         frozen: Of the zero-shot model, [K].
-        answers: Which validation images it answers right, as ``seed_table.frozen_answers`` gives them.
+        words: The metadata of the file.
     """
 
     recipe: Recipe
@@ -97,7 +98,7 @@ class SeedTable:
     values: tuple[dict[str, Any], ...]
     curves: FloatArray
     frozen: FloatArray
-    answers: str
+    words: Mapping[str, str]
 
     def place(self, values: Values) -> int:
         """Returns the configuration with these values."""
@@ -137,7 +138,7 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
         step = "Make it with python -m benchmarks.seed_table, or name it with --table."
         raise UsageError(Problem(str(path), "must be a table of benchmarks.seed_table", next_step=step))
     content = pq.read_table(path)
-    rows, answers = content.to_pylist(), (content.schema.metadata or {}).get(b"frozen", b"").decode()
+    rows = content.to_pylist()
     names = tuple(dict.fromkeys(row["configuration"] for row in rows))
     seeds = sorted({row["seed"] for row in rows})
     by_key = {(row["configuration"], row["seed"]): row for row in rows}
@@ -153,7 +154,12 @@ def read_table(path: Path, recipe: Recipe) -> SeedTable:
     first = {name: by_key[name, seeds[0]] for name in names}
     values = [dict(baselines.get(name) or {key: first[name][key] for key in space}) for name in names]
     curves = [[_measured(by_key[name, seed], alphas, frozen) for seed in seeds] for name in names]
-    return SeedTable(recipe, alphas, names, tuple(values), np.array(curves), frozen, answers)
+    return SeedTable(recipe, alphas, names, tuple(values), np.array(curves), frozen, words_of(content))
+
+
+def words_of(table: pa.Table) -> dict[str, str]:
+    """Returns the metadata of a table of ``benchmarks.seed_table``."""
+    return {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
 
 
 def _measured(row: Mapping[str, Any], alphas: Sequence[float], frozen: FloatArray) -> FloatArray:

@@ -20,7 +20,7 @@ the trainings gets the others, on another machine, too.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from scipy.stats import qmc
 
 from benchmarks.acceptance import value_at
+from benchmarks.emulators import words_of
 from benchmarks.table import correct_bits, write_table
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all, space_of
 from carft_ray import environment
@@ -115,8 +116,8 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
     """
     bench = open_bench(for_tables(recipe), out)
     alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
-    told, frozen = what_is_trained(recipe, number), frozen_answers(bench)
-    rows = _rows_of(table_path, told, frozen)
+    start = start_of(bench, recipe, number)
+    rows = _rows_of(table_path, start)
     has = {(row["configuration"], row["seed"]) for row in rows}
     sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
     planned = {
@@ -126,12 +127,14 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         if (name, seed) not in has
     }
     clock = Clock(sum(each.cost for each in planned.values()))
-    sizes = {
-        "sets": {name: num_images(bench.prepared_dir / ZERO_SHOT_TABLE, name) for name in sets},
-        "tests": {name: num_images(bench.zero_shot_test_path, name) for name in tests},
+    words = {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        **start,
+        "commit": environment.git_state(ROOT)[0] or "",
+        "sets": json.dumps(_num_images(bench.prepared_dir / ZERO_SHOT_TABLE, sets)),
+        "tests": json.dumps(_num_images(bench.zero_shot_test_path, tests)),
     }
-    words = {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "trained": told, "frozen": frozen}
-    words |= {"commit": environment.git_state(ROOT)[0] or "", **{key: json.dumps(each) for key, each in sizes.items()}}
     while planned:
         some = [(key, planned.pop(key)) for key in [*planned][: AT_ONCE * processes]]
         trainings = run_all(bench, [each for _, each in some], processes, clock)
@@ -140,9 +143,10 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         print(f"{len(rows)} trainings, {sum(row['diverged'] for row in rows)} diverged; {table_path}", flush=True)
 
 
-def num_images(path: Path, name: str) -> int:
-    """Returns how many images of a set have predictions of the zero-shot model."""
-    return len(correct_matrix([(read_predictions(path), 0.0)], name)[0])
+def _num_images(path: Path, names: Sequence[str]) -> dict[str, int]:
+    """Returns how many images of each set have predictions of the zero-shot model."""
+    found = read_predictions(path)
+    return {name: len(correct_matrix([(found, 0.0)], name)[0]) for name in names}
 
 
 def what_is_trained(recipe: Recipe, number: int) -> str:
@@ -158,41 +162,45 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def frozen_answers(bench: Bench) -> str:
-    """Returns which validation images the zero-shot model answers right, a bit each, in hexadecimal digits."""
+def start_of(bench: Bench, recipe: Recipe, number: int) -> dict[str, str]:
+    """Returns what trainings begin with, for the metadata of their file.
+
+    ``trained``: see ``what_is_trained``. ``frozen``: which validation images the zero-shot model answers right, a bit
+    each, in hexadecimal digits.
+    """
     found = read_predictions(bench.prepared_dir / ZERO_SHOT_TABLE)
-    return correct_bits(found, 0.0, (ID_SET, *bench.recipe.data.ood_val)).hex()
+    answers = correct_bits(found, 0.0, (ID_SET, *recipe.data.ood_val))
+    return {"trained": what_is_trained(recipe, number), "frozen": answers.hex()}
 
 
-def check_model(path: Path, known: str, frozen: str) -> None:
-    """Checks that the trainings of a file began from this model. Another processor may answer a few images otherwise.
+def check_start(path: str, known: Mapping[str, str], start: Mapping[str, str]) -> None:
+    """Checks that the trainings of a file began as those of here. Another processor may answer a few images otherwise.
 
     Args:
         path: The file.
-        known: Answers of the model of its trainings, as ``frozen_answers`` gives them.
-        frozen: Answers of this model.
+        known: Its metadata.
+        start: Of ``start_of``.
 
     Raises:
-        UsageError: They began from another one.
+        UsageError: They are other trainings, or began from another model.
     """
-    num, apart = 4 * len(frozen), (int(known or "0", 16) ^ int(frozen, 16)).bit_count()
+    if known.get("trained") != start["trained"]:
+        step = "Give another file with --table, or remove this one."
+        raise UsageError(Problem(path, "must be of these trainings", known.get("trained", "")[:80], next_step=step))
+    known_answers, answers = known.get("frozen") or "0", start["frozen"]
+    num, apart = 4 * len(answers), (int(known_answers, 16) ^ int(answers, 16)).bit_count()
     if apart > num * MOST_APART:
         got = f"those of a model that answers {apart} of {num} validation images otherwise"
         step = "Make the model anew with the libraries of before; or remove the file."
-        raise UsageError(Problem(str(path), "must be of trainings of this model", got, next_step=step))
+        raise UsageError(Problem(path, "must be of trainings of this model", got, next_step=step))
 
 
-def _rows_of(path: Path, told: str, frozen: str) -> list[dict[str, Any]]:
+def _rows_of(path: Path, start: Mapping[str, str]) -> list[dict[str, Any]]:
     """Returns the trainings that a table has; none where it does not exist."""
     if not path.exists():
         return []
     table = pq.read_table(path)
-    words = table.schema.metadata or {}
-    known = words.get(b"trained", b"").decode()
-    if known != told:
-        step = "Give another file with --table, or remove this one."
-        raise UsageError(Problem(str(path), "must be a table of these trainings", known[:80], next_step=step))
-    check_model(path, words.get(b"frozen", b"").decode(), frozen)
+    check_start(str(path), words_of(table), start)
     return list(table.to_pylist())
 
 

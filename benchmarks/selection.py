@@ -45,19 +45,21 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 
 from benchmarks.emulators import EDGE, SeedTable, World, make_world, read_table
 from benchmarks.rules import REPEATED, RULES, TODAY, run_rules, student
-from benchmarks.trained import Trained
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.recipe.loading import load_recipe, recipe_hash
 from carft_ray.ui import console
+
+if TYPE_CHECKING:
+    from benchmarks.trained import Trained
 
 TABLES = Path(__file__).resolve().parent / "tables"
 WORLDS = ("smooth", "rough", "flat", "table")
@@ -101,8 +103,10 @@ class Here:
         """Returns a world by its name."""
         return self.trained() if name == TRAINED else make_world(name, self.table)
 
-    def trained(self) -> Trained:
+    def trained(self) -> "Trained":
         """Returns the world of real trainings."""
+        from benchmarks.trained import Trained  # not above: it loads torch, which the other worlds do without
+
         return Trained(self.table, self.out / TRAINED, TABLES / f"{self.table.recipe.name}-trained.jsonl")
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.emulators import MEASURES, FloatArray, SeedTable, Values, curve_of, identity
-from benchmarks.seed_table import check_model, frozen_answers, what_is_trained
+from benchmarks.seed_table import check_start, start_of
 from benchmarks.trainings import Finished, Planned, open_bench, run_one
 from carft_ray import files
-from carft_ray.errors import Problem, UsageError
 
 FRESH = (1000, 1001, 1002)  # seeds of the truth, which no search has
 
@@ -41,10 +40,9 @@ class Trained:
 
     def __init__(self, table: SeedTable, out: Path, path: Path) -> None:
         self.alphas, self.frozen, self._table, self._path = table.alphas, table.frozen, table, path
-        self._told = what_is_trained(table.recipe, len(table.names))
         self._bench = open_bench(table.recipe, out, reads_tests=False)
-        self._answers = frozen_answers(self._bench)
-        check_model(Path("the seed table"), table.answers, self._answers)
+        self._start = start_of(self._bench, table.recipe, len(table.names))
+        check_start("the seed table", table.words, self._start)
         self._known: dict[tuple[str, int], FloatArray] = {
             (identity(values), seed): curves[seed]
             for values, curves in zip(table.values, table.curves, strict=True)
@@ -83,13 +81,7 @@ class Trained:
         for path in sorted(self._bench.folder.glob("trainings/*/curve.json")):
             line = json.loads(path.read_text())
             lines[identity(line["values"]), line["seed"]] = line
-        head = {
-            "trained": self._told,
-            "frozen": self._answers,
-            "sets": "validation",
-            "measures": MEASURES,
-            "alphas": self.alphas,
-        }
+        head = {**self._start, "sets": "validation", "measures": MEASURES, "alphas": self.alphas}
         texts = [json.dumps(line) for line in (head, *lines.values())]
         files.write_text(self._path, "\n".join(texts) + "\n")
 
@@ -98,8 +90,5 @@ class Trained:
         if not self._path.exists():
             return []
         head, *lines = map(json.loads, self._path.read_text().splitlines())
-        if head["trained"] != self._told:
-            step = "Remove it, or take the recipe of before."
-            raise UsageError(Problem(str(self._path), "must be of these trainings", next_step=step))
-        check_model(self._path, head["frozen"], self._answers)
+        check_start(str(self._path), head, self._start)
         return lines

@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from benchmarks import emulators, rules, selection, trained
-from benchmarks.seed_table import design
+from benchmarks.seed_table import design, what_is_trained
 from benchmarks.table import write_table
 from benchmarks.trainings import Bench
 from carft_ray.errors import UsageError
@@ -55,7 +55,7 @@ def path(recipe, tmp_path_factory):
             row = {"configuration": name, **values, "seed": seed, "diverged": False}
             rows.append({**row, "curve": curve(values, of_seed[seed] + rng.normal(0, noise))})
     path = tmp_path_factory.mktemp("tables") / "made-up.parquet"
-    write_table(path, rows, {"frozen": "ff00"})
+    write_table(path, rows, {"trained": what_is_trained(recipe, 24), "frozen": "ff00"})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return path
 
@@ -155,20 +155,8 @@ def test_repeats_are_told_to_the_sampler_with_their_own_objective_or_with_the_ex
 
 def test_a_killed_run_continues_and_has_the_same_numbers(path, tmp_path, capsys):
     few = (*PAIR, "repeats .5")
-    words = [
-        "--rules",
-        *few,
-        "N times",
-        "--table",
-        str(path),
-        "--out",
-        str(tmp_path),
-        "--trainings",
-        "16",
-        "--worlds",
-        "flat",
-        "table",
-    ]
+    words = ["--table", str(path), "--out", str(tmp_path), "--trainings", "16", "--worlds", "flat", "table"]
+    words += ["--rules", *few, "N times"]
 
     def call():
         assert selection.main([str(RECIPE), *words, "--searches", "2", "--processes", "1"]) == 0
@@ -213,7 +201,10 @@ def test_real_trainings_are_run_once_and_kept_for_the_next_machine(table, tmp_pa
 
     monkeypatch.setattr(trained, "run_one", run_one)
     monkeypatch.setattr(trained, "open_bench", lambda recipe, out, reads_tests: Bench(recipe, out))
-    monkeypatch.setattr(trained, "frozen_answers", lambda bench: table.answers)
+    answers = "ff00"
+    monkeypatch.setattr(
+        trained, "start_of", lambda _, recipe, num: {"trained": what_is_trained(recipe, num), "frozen": answers}
+    )
     names, file = ("today", "expected", "repeats .5"), tmp_path / "trained.jsonl"
     world = trained.Trained(table, tmp_path / "first", file)
     found = rules.run_rules(world, table.recipe, 12, 1, names)
@@ -231,7 +222,7 @@ def test_real_trainings_are_run_once_and_kept_for_the_next_machine(table, tmp_pa
     others = table.recipe.model_copy(update={"train": table.recipe.train.model_copy(update={"epochs": 5})})
     with pytest.raises(UsageError, match="must be of these trainings"):
         trained.Trained(replace(table, recipe=others), tmp_path, file)
-    monkeypatch.setattr(trained, "frozen_answers", lambda bench: "f0f0")
+    answers = "f0f0"
     with pytest.raises(UsageError, match="answers 8 of 16 validation images otherwise"):
         trained.Trained(table, tmp_path, file)
 

@@ -103,7 +103,7 @@ def features_of(tower: Any, images: Iterable[Image.Image]) -> Tensor:
     rows, images = [], list(images)
     for start in range(0, len(images), 64):
         pixels = np.stack([np.asarray(image.convert("RGB"), np.float64) for image in images[start : start + 64]])
-        input_BCHW = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).to(tower.bn2.weight).contiguous()
+        input_BCHW = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
         with torch.no_grad():
             rows.append(tower.forward_head(tower.forward_features(input_BCHW), pre_logits=True))
     return torch.cat(rows).float()
