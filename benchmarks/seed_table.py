@@ -1,11 +1,13 @@
-"""PACS trainings of 24 configurations with four seeds each, as one table: ``python -m benchmarks.seed_table RECIPE``
+"""Trainings of 24 configurations with four seeds each, as one table: ``python -m benchmarks.seed_table RECIPE``
 
     python -m benchmarks.seed_table examples/pacs/photo.yaml --out benchmarks/results/seeds/photo
+    python -m benchmarks.seed_table search_spaces/quickstart.yaml --no-tests --out benchmarks/results/seeds/quickstart
 
 The configurations are the recipe's baselines and a space-filling design (scrambled Sobol) over its search space. Each
 is trained with seeds 0 to 3 by the product's own code. The table shows what a search sees of a training, and what a
 search does not see: its accuracies on the first fifth of each test domain and of the ID test images, which is for
 tables. No claim about test domains is made from it, and the recipes of ``examples/pacs`` test on the other four fifths.
+With ``--no-tests`` no test set is read.
 
     one row per training: configuration, the searched values, seed, alpha, objective, elapsed_s
     curve    list of {alpha, objective, id_accuracy, ood_accuracy, accuracy/<set>, correct, tests}
@@ -74,7 +76,7 @@ def row_of(name: str, training: Finished, sets: Sequence[str], tests: Sequence[s
             {
                 **point,
                 "correct": correct_bits(training.validation, point["alpha"], sets),
-                "tests": correct_bits(training.test, point["alpha"], tests) if point["alpha"] else b"",
+                "tests": correct_bits(training.test, point["alpha"], tests) if tests and point["alpha"] else b"",
             }
             for point in result["curve"]
         ],
@@ -108,18 +110,18 @@ def _first(spec: Any) -> Any:
     return spec.model_copy(update={"part": (round(low - (high - low) * SHARE / (1 - SHARE), 9), low)})
 
 
-def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: int) -> None:
+def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: int, reads_tests: bool = True) -> None:
     """Runs the trainings that the table has not, so many at a time with one thread each, and writes it often.
 
     Raises:
         UsageError: The table is of other trainings.
     """
-    bench = open_bench(for_tables(recipe), out)
-    alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
+    bench = open_bench(for_tables(recipe) if reads_tests else recipe, out, reads_tests)
+    alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0) if reads_tests else ()
     start = start_of(bench, recipe, number)
     rows = _rows_of(table_path, start)
     has = {(row["configuration"], row["seed"]) for row in rows}
-    sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
+    sets, tests = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test) if reads_tests else ()
     planned = {
         (name, seed): Planned(f"{name}, seed {seed}", {**values, "seed": seed}, alphas, keeps_weights=True)
         for seed in SEEDS
@@ -133,7 +135,7 @@ def make(recipe: Recipe, out: Path, table_path: Path, number: int, processes: in
         **start,
         "commit": environment.git_state(ROOT)[0] or "",
         "sets": json.dumps(_num_images(bench.prepared_dir / ZERO_SHOT_TABLE, sets)),
-        "tests": json.dumps(_num_images(bench.zero_shot_test_path, tests)),
+        "tests": json.dumps(_num_images(bench.zero_shot_test_path, tests) if tests else {}),
     }
     while planned:
         some = [(key, planned.pop(key)) for key in [*planned][: AT_ONCE * processes]]
@@ -206,8 +208,9 @@ def _rows_of(path: Path, start: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seed_table", description="PACS trainings as a table.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.seed_table", description="Trainings as a table.")
     parser.add_argument("recipe", type=Path, help="a recipe with test sets, as examples/pacs/photo.yaml")
+    parser.add_argument("--no-tests", action="store_true", help="read no test set")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--table", type=Path, help="default: benchmarks/tables/NAME-seeds.parquet")
     parser.add_argument("--configurations", type=int, default=NUM_CONFIGURATIONS, help="(%(default)s)")
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(given.recipe)
         table = given.table or TABLES / f"{recipe.name}-seeds.parquet"
-        make(recipe, given.out.resolve(), table, given.configurations, given.processes)
+        make(recipe, given.out.resolve(), table, given.configurations, given.processes, not given.no_tests)
     except CarftError as error:
         console.show_error(error)
         return error.exit_code
