@@ -14,7 +14,7 @@ seed, and e the rest. Up to its scale, each measure has the same covariance C be
 
 So one factorisation serves all measures, and differences between two alphas have a variance, too (Bonilla et al. 2008,
 Multi-task Gaussian process prediction, equation 2; Rasmussen and Williams 2006, equations 2.25, 2.26, 2.42 and 5.9).
-The mean is flat. A baseline is outside the space: it has a flat mean of its own, and shares seeds and noise.
+The mean is flat. A baseline is outside the space: in place of f it has an effect of its own, with a larger variance.
 
 kappa, tau and the length scales maximise likelihood times weak priors. If the process predicts left-out trainings worse
 than a mean does, f is independent for each of the values (means that are shrunk): ``uses_space`` is False then.
@@ -39,8 +39,9 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 FLAT = 1e3  # variance of a flat mean, times that of f and rest
+OWN = 9.0  # variance of the effect of a baseline, times that of f
 MOST_FITTED = 300  # trainings that choose kappa, tau and length scales; all of them count in the result
-NOISE, NOISE_DOF = 0.02, 2.0  # prior of the scale: sd of the rest, and the number of trainings for which it counts
+NOISE, NOISE_DOF = 0.003, 1.0  # prior of the scale: sd of the rest, and the number of trainings for which it counts
 KAPPA, TAU = (0.0, 1.5), (math.log(0.5), 1.0)  # prior mean and sd of their logarithms
 LENGTH = (math.log(0.5), 1.0)  # of a length scale, times sqrt(d): d parameters do not make all values strangers
 REACH = 4.0  # sds of these priors that are searched
@@ -170,8 +171,7 @@ def posterior(
     rest, cross = measured - centre, kernel[:, values]
     factor = scipy.linalg.cho_factor(cov)
     good, inner = rest[used], scipy.linalg.cho_factor(cov[np.ix_(used, used)])
-    means = len({int(each) if np.isnan(points[each]).any() else -1 for each in values[used]})
-    dof = NOISE_DOF + max(0, len(used) - means)
+    dof = NOISE_DOF + len(used) - 1
     scale = good.T @ scipy.linalg.cho_solve(inner, good) + NOISE_DOF * NOISE**2 * np.eye(len(rest.T))
     return Posterior(
         mean=centre + cross @ scipy.linalg.cho_solve(factor, rest),
@@ -212,9 +212,8 @@ def _prior(points: FloatArray, theta: FloatArray) -> tuple[FloatArray, FloatArra
         k, slope = (1 + r + r**2 / 3) * np.exp(-r), 5 / 3 * (1 + r) * np.exp(-r)
     else:
         k, slope = np.eye(len(points)), np.zeros((len(points), len(points)))
-    means = FLAT * (both | np.eye(len(points), dtype=bool))
-    by_kappa = kappa * (k * both + means)
-    return by_kappa + means, by_kappa, kappa * slope * both
+    by_kappa = kappa * (k * both + OWN * np.diag(~is_trial) + FLAT)
+    return by_kappa + FLAT, by_kappa, kappa * slope * both
 
 
 def _covariance(kernel: FloatArray, values: IntArray, seeds: IntArray, theta: FloatArray) -> FloatArray:
