@@ -60,7 +60,7 @@ def test_of_equal_seeds_the_luck_that_they_share_cancels_in_a_difference():
 
 def test_a_baseline_is_by_itself_as_a_point_far_away_with_a_larger_variance():
     """The covariance by hand, and for the trials that of scikit-learn's kernel."""
-    points, values, seeds, measured, _ = world(20, 12, 2)
+    points, *_ = world(20, 12, 2)
     points[0] = np.nan
     theta = np.array([0.3, -0.5, 0.2, -0.3])
     kernel, kappa = module._prior(points, theta)[0], np.exp(0.3)
