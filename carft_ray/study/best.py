@@ -44,7 +44,8 @@ class Retention:
         self._rows: dict[str, TrialRow] = {}  # trials and baselines that have ended, by folder
         self._ranking: tuple[list[TrialRow], list[TrialRow]] = [], []  # of which rows, and these from the best down
         self._expected: Expectation | None = None  # of these rows
-        self._gone: set[str] = set()  # folders of those whose weights were removed
+        self._without: set[str] = set()  # folders of trainings without weights
+        self._cleared: set[str] = set()  # folders from which everything was removed
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 
     def ended(self, row: TrialRow) -> None:
@@ -54,13 +55,16 @@ class Retention:
         folder = row.folder(self._study_dir)
         here = [path for pattern in (f"{ATTEMPT}*", f"{ATTEMPT}*/*") for path in folder.glob(pattern)]
         names = {path.relative_to(self._study_dir).as_posix() for path in here}
-        for name in sorted({*names, *self._store.known(row.training)}):
+        names |= {*self._store.known(row.training)}
+        for name in sorted(names):
             attempt, _, inside = name.removeprefix(f"{row.training}/").partition("/")
             place, what = f"{row.training}/{attempt}", inside.partition("/")[0]
             if attempt.startswith(ATTEMPT) and not (row.outcome == "complete" and place == row.attempt_name):
                 self._remove(place)
             elif what.startswith(STEP) or what in (OWN, ROWS):
                 self._remove(f"{place}/{what}")
+        if f"{row.attempt_name}/{WEIGHTS}" not in names:
+            self._without.add(row.training)
         if row.kind != "confirm":
             self._rows[row.training] = row
 
@@ -70,10 +74,11 @@ class Retention:
         Call it once all trainings that have ended are known.
         """
         for worse in self._worse(self._rows):
-            if worse.training not in self._gone:
+            if worse.training not in self._cleared:
                 for name in OF_THE_BEST:
                     self._remove(f"{worse.attempt_name}/{name}")
-                self._gone.add(worse.training)
+                self._cleared.add(worse.training)
+                self._without.add(worse.training)
         best = self.best()
         if best is not None and (best.name, best.alpha) != self._noted:
             write_best(self._study_dir, self._recipe, best)
@@ -89,7 +94,9 @@ class Retention:
         """Returns the trials and baselines among those by folder whose weights do not stay."""
         ranked = self._ranked(rows)
         trials = [row for row in ranked if row.kind == "trial"]
-        repeated, worse = set[str](), trials[self._recipe.search.keep_checkpoints :]
+        there = [row for row in trials if row.training not in self._without]  # what is gone takes nobody's place
+        kept = {row.training for row in there[: self._recipe.search.keep_checkpoints]}
+        repeated, worse = set[str](), [row for row in trials if row.training not in kept]
         for row in ranked:
             if row.kind == "baseline":
                 values = row.repeat_of or row.name

@@ -253,7 +253,7 @@ def _unit(space: Mapping[str, Parameter], row: TrialRow) -> list[float]:
     """Returns values in the unit cube: logarithms of what is drawn so, a coordinate for each choice of a category.
 
     Inactive parameters are in the middle. Values outside the space, which has changed, are outside the cube. Of what
-    has no place, as a baseline, all coordinates are NaN.
+    has no place, as a baseline, or a trial with a parameter that the space had before, all coordinates are NaN.
     """
     found: list[float] = []
     for name, parameter in space.items():
@@ -268,7 +268,8 @@ def _unit(space: Mapping[str, Parameter], row: TrialRow) -> list[float]:
         else:
             low, high, at = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, float(value)))
             found.append((at - low) / (high - low) if high > low else 0.0)
-    return [math.nan] * len(found) if _is_baseline(row) or any(map(math.isnan, found)) else found
+    has_others = not {*row.values} <= {*space, "seed", "alpha"}
+    return [math.nan] * len(found) if _is_baseline(row) or has_others or any(map(math.isnan, found)) else found
 
 
 def _places(space: Mapping[str, Parameter]) -> FloatArray:
