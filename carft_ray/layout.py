@@ -9,7 +9,7 @@
       shared_images.csv  images that stand in two roles, and what was done
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
-      trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
+      trials/NAME/, baselines/NAME/, confirm/NAME/, soups/NAME/     log, metrics, TensorBoard's events
         attempt-N/       what one attempt writes: epochs, checkpoints, weights, predictions, and result.json, last
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
@@ -31,8 +31,9 @@ FIGURE_SVG = "figure.svg"
 PAGE = "report.html"
 RAY_LOG = "ray.log"
 PREPARED = "prepared"
-FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
+FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm", "soup": "soups"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]
+SOUPS = FOLDERS["soup"]  # means of the weights of other trainings
 TEST_DIR = "test"
 TRACKING = "tracking"
 

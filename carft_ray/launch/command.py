@@ -65,6 +65,8 @@ from carft_ray.study.provenance import made_of, record_provenance
 from carft_ray.study.recipe_identity import recorded_recipe, study_recipe
 from carft_ray.study.rows import num_finished
 from carft_ray.study.snapshot import Snapshot, snapshot
+from carft_ray.study.soups import Soup, of_study
+from carft_ray.study.soups import enter as enter_soups
 from carft_ray.study.study import Study
 from carft_ray.study.take_over import recover_given, recover_running
 from carft_ray.study.training import Kind, TrialRow, result_of
@@ -96,6 +98,8 @@ class Plan:
             has one worker.
         change_space: The search space may change.
         again: Why a search goes on after a read of the test sets.
+        soups: Called with the open study once all its trainings have ended; returns what soups are made then, by name
+            (``study.soups``). None: no soups.
         around: What surrounds preparation and trainings: a context, given the open study and the number of trials that
             were finished before, such as ``results.figure.figure_at_the_end``.
         shared: Images that stand in two roles; None: those of the study, or they are found now.
@@ -113,6 +117,7 @@ class Plan:
     alone: bool = False
     change_space: bool = False
     again: str | None = None
+    soups: Callable[[Study], Mapping[str, Soup]] | None = None
     around: Around = lambda study, num_before: nullcontext()
     shared: Sequence[SharedRow] | None = None
 
@@ -147,8 +152,8 @@ class Ran:
 
     @property
     def set_aside(self) -> list[TrialRow]:
-        """Trials and baselines whose attempts were lost again and again; another search tries them again."""
-        return [row for row in (*self.study.trials, *self.study.all_baselines) if row.set_aside]
+        """Trials, baselines and soups whose attempts were lost again and again; another search tries them again."""
+        return [row for row in (*self.study.trials, *self.study.all_baselines, *self.study.soups) if row.set_aside]
 
 
 def run(plan: Plan, end: Callable[[Ran], R]) -> R:
@@ -169,7 +174,7 @@ def run(plan: Plan, end: Callable[[Ran], R]) -> R:
     """
     began, recipe, proposes = time.monotonic(), plan.recipe, plan.given is None
     told = Preparing if plan.alone else Note  # `train` resumes what a kill has left, and that is no warning
-    confirms = plan.kind == "confirm"  # which is no search: `resume` uses the recipe of the last one
+    confirms = plan.kind in ("confirm", "soup")  # which is no search: `resume` uses the recipe of the last one
     with open_study(
         plan.study_dir,
         recipe,
@@ -191,9 +196,18 @@ def run(plan: Plan, end: Callable[[Ran], R]) -> R:
             is_baseline = row.kind == "baseline" and not row.repeat_of
             on_event(events.BaselineFinished(row) if is_baseline else events.TrialFinished(row, is_best=False))
 
+        def follow() -> bool:
+            """Queues the soups once all trainings have ended; tells whether there are any to make."""
+            if plan.soups is not None and study.done():
+                enter_soups(study, plan.soups(study))
+                if names := [spec.name for spec in study.waiting]:
+                    on_event(Preparing(f"making {counted(len(names), 'soup')}: {', '.join(names)}"))
+            return not study.done()
+
         def interrupted() -> InterruptedRunError:
             return interruption(f"stopped; {_progress(plan, study, trainings)}", plan.resume_command)
 
+        follow()  # after a kill, say
         ended = used_up(recipe.budget, 0.0, study.gpu_seconds()) if proposes and not study.done() else ""
         zero_shot: dict[str, Any] = {}
         with plan.around(study, num_before):
@@ -203,6 +217,8 @@ def run(plan: Plan, end: Callable[[Ran], R]) -> R:
                     with computing(plan, study, interrupted, lambda text: on_event(Preparing(text)), since) as runtime:
                         zero_shot, runtime = _prepare_all(plan, study, runtime, trainings, on_event)
                         if not study.done():
+                            ended = run_trainings(study, runtime, on_event, since)
+                        if not ended and follow():
                             ended = run_trainings(study, runtime, on_event, since)
                 except BudgetError as error:  # it has waited for nodes until then
                     ended = str(error)
@@ -227,11 +243,12 @@ def _prepare_all(
     if note:
         on_event(events.Decided(note))
     capacity = runtime.capacity
-    if not plan.alone:
+    only_soups = bool(study.waiting) and all(spec.kind == "soup" for spec in study.waiting)
+    if not plan.alone and not only_soups:
         rows = study.searched() if plan.kind == "trial" else study.rows(plan.kind)
         wanted, finished = _counts(plan, rows, trainings)
         on_event(events.Started(wanted, finished, capacity.concurrency, capacity.reason, plan.kind))
-    elif not plan.in_process:
+    elif plan.alone and not plan.in_process:
         on_event(Preparing(f"training with {counted(plan.recipe.resources.num_workers, 'Ray Train worker')}"))
     if trainings is None and plan.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
@@ -252,6 +269,8 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
         words = progress_words(study.study_dir / training, study.log.store.known(training))
         return f"it continues from {words}"
     now = snapshot(study.study_dir)
+    if plan.kind == "soup":
+        return f"{num_finished(now.soups)} of {counted(len(now.soups), 'soup')} made"
     rows = now.searched if plan.kind == "trial" else now.of(plan.kind)
     wanted, finished = _counts(plan, rows, trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
@@ -357,7 +376,9 @@ def run_search(plan: Plan) -> Ran:
             raise set_aside_error(ran.set_aside, again)
         raise no_successful_trial(study_dir, ran.study.trials)
 
-    return run(replace(plan, resume_command=again), found)
+    kinds = recipe.search.soups
+    soups = (lambda study: of_study(study.snapshot(), kinds)) if kinds else None
+    return run(replace(plan, resume_command=again, soups=soups), found)
 
 
 def run_confirm(plan: Plan, end: Callable[[Snapshot], R]) -> R:

@@ -398,6 +398,9 @@ class Driver:
         if row.kind == "baseline" and not row.repeat_of:
             self.on_event(events.BaselineFinished(row))
             return
+        if row.kind == "soup":
+            self.on_event(events.SoupFinished(row))
+            return
         if row.kind == "confirm":  # a fresh seed, or a probe, finds nothing better and says nothing about the search
             self.on_event(events.TrialFinished(row, is_best=False))
             return

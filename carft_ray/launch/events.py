@@ -114,6 +114,16 @@ class BaselineFinished(Event):
 
 
 @dataclass(frozen=True)
+class SoupFinished(Event):
+    """A soup was made and measured, or could not be."""
+
+    row: TrialRow
+
+    def line(self) -> str:
+        return f"soup {_result(self.row)}"
+
+
+@dataclass(frozen=True)
 class TrialSetAside(Event):
     """The attempts at a training were lost one after the other and did not advance; the others continue."""
 

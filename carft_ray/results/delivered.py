@@ -1,12 +1,13 @@
-"""The model that a study delivers: one training and its alpha. `test` measures this file, and `export` writes it.
+"""The model that a study delivers: a training or a soup, and its alpha. `test` measures it, and `export` writes it.
 
 Before a `confirm` it is the best on validation of the trainings of the best values, at their alpha. After one those
-with fresh seeds take part, too. Each baseline delivers a model by the same rule. A read of the test sets fixes all of
+with fresh seeds take part, too. So do soups of these trainings, each at its own alpha; a soup that measures no more
+than the best training is not chosen. Each baseline delivers a model by the same rule. A read of the test sets fixes all of
 them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From then on the delivered
 model is the one of the last read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,9 @@ def models_of_search(study: Snapshot) -> list[Model]:
         row = max(_kept(study.study_dir, trained), key=lambda row: row.objective or 0.0)
         num = study.num_finished if role == "winner" else len(trained) * (first.name != ZERO_SHOT)
         name = first.name if role == "baseline" else ""
-        models.append(_model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num, name))
+        model = _model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num, name)
+        members = study.trials if role == "winner" else trained
+        models.append(_or_soup(study, model, row, members, first.name))
     return models
 
 
@@ -109,7 +112,9 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
             if second and row.role == "winner":  # ``chosen_from`` has those that chose it
                 counted -= first.trainings().keys()
             repeats = len(own.get(row.name, (row,))) - 1 if row.role == "baseline" else 0
-            found.append(_best_of(study_dir, row, trained, row.chosen_from + repeats + len(counted)))
+            best, model = _best_of(study_dir, row, trained, row.chosen_from + repeats + len(counted))
+            members = (*trained, *study.trials) if row.role == "winner" else trained
+            found.append(_or_soup(study, model, best, members, row.name))
     return found
 
 
@@ -118,7 +123,7 @@ def _kept(study_dir: Path, trained: Sequence[TrialRow]) -> Sequence[TrialRow]:
     return [row for row in trained if files.exists(row.place(study_dir) / WEIGHTS)] or trained
 
 
-def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number: int) -> Model:
+def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number: int) -> tuple[TrialRow, Model]:
     """Returns the best of a configuration's trainings at its alpha, the first of equals."""
     kept = _kept(study_dir, trained)
     points = [(point_at(result_of(study_dir, each).get("curve") or (), row.alpha), each) for each in kept]
@@ -127,13 +132,57 @@ def _best_of(study_dir: Path, row: PlanRow, trained: Sequence[TrialRow], number:
         place = kept[-1].place(study_dir) / RESULT
         raise typed.wrong(str(place), "its curve must have the alpha of the plan", row.alpha)
     objective, best = max(measured, key=lambda pair: pair[0])
-    return _model(study_dir, best, row.role, row.alpha, objective, number, row.name)
+    return best, _model(study_dir, best, row.role, row.alpha, objective, number, row.name)
+
+
+def _or_soup(study: Snapshot, model: Model, row: TrialRow, trained: Sequence[TrialRow], name: str) -> Model:
+    """Returns the best soup of some trainings, if it measured more than the best of them, the model.
+
+    Args:
+        study: The study.
+        model: The best training.
+        row: The same.
+        trained: Whose soups may be chosen; those of fewer members count, too.
+        name: Of the baseline.
+    """
+    soups = soups_of(study, trained)
+    if not soups:
+        return model
+    tried = sum(1 + num_tried(study, soup) for soup in soups)
+    model = {**model, "chosen_from": model["chosen_from"] + tried}
+    allowed = [soup for soup in soups if soup.violation <= row.violation]
+    best = max(allowed, key=lambda soup: soup.objective or 0.0, default=None)
+    if best is None or best.objective is None or best.objective <= model["objective"]:
+        return model
+    role, number = model["role"], model["chosen_from"]
+    return _model(study.study_dir, best, role, best.alpha or 0.0, best.objective, number, name)
+
+
+def soups_of(study: Snapshot, trained: Iterable[TrialRow]) -> list[TrialRow]:
+    """Returns the complete soups that have members of these trainings alone."""
+    names = {row.attempt_name for row in trained}
+    complete = [soup for soup in study.soups if soup.outcome == "complete" and soup.soup]
+    return [soup for soup in complete if all(each["name"] in names for each in (soup.soup or {})["members"])]
+
+
+def num_tried(study: Snapshot, soup: TrialRow) -> int:
+    """Returns how many tries were measured on the way to a soup."""
+    return len(result_of(study.study_dir, soup).get("soup", {}).get("tried", ()))
+
+
+def members_words(result: Mapping[str, Any]) -> str:
+    """Returns what a soup is the mean of, in words, by its result; empty of a training."""
+    if "soup" not in result:
+        return ""
+    names = [name.split("/")[1] for name in result["soup"]["members"]]
+    what = "Model Stock" if result["soup"]["kind"] == "model_stock" else "the mean of the weights"
+    return f"{what} of {', '.join(names)}"
 
 
 def _model(
     study_dir: Path, row: TrialRow, role: str, alpha: float, objective: float, number: int, name: str = ""
 ) -> Model:
-    trial = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
+    trial = row.called
     is_trained = row.name != ZERO_SHOT
     return {
         "name": trial if role == "winner" else name or row.name,
@@ -206,12 +255,14 @@ def chosen(study_dir: Path, trial: str | int | None, alpha: float | None) -> Cho
     own = model["alpha"] if model and is_it else finished.result["alpha"]
     used = own if alpha is None else alpha
     sha256 = None if finished.is_zero_shot else weights_of(study_dir, finished.row)
+    of_soup = f" ({words})" if (words := members_words(finished.result)) else ""
     if model is None or standing is None or not is_it or used != own:
-        words = f"{finished.name} at alpha {used:g}, not tested"
+        words = f"{finished.name} at alpha {used:g}{of_soup}, not tested"
         other = f"; the study delivers {model['trial']} at alpha {model['alpha']:g}" if model else ""
         return Choice(finished.name, used, "other", sha256, f"{words}{other}")
     require_weights_of(study_dir, finished.row, model)
-    about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}: {STANDING[standing]}")
+    said = STANDING[standing].replace("trainings", "trainings and soups" if of_soup else "trainings")
+    about = Choice(finished.name, used, standing, sha256, f"{finished.name} at alpha {used:g}{of_soup}: {said}")
     return _with_evidence(study, about)
 
 

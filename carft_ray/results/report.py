@@ -22,7 +22,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.search import violations
 from carft_ray.results.confirm_numbers import confirm_lines
 from carft_ray.results.confirm_plan import last_stage
-from carft_ray.results.delivered import STANDING, delivered
+from carft_ray.results.delivered import STANDING, delivered, soups_of
 from carft_ray.results.evidence import headline_lines, later_best, row_lines
 from carft_ray.results.reading.status_and_ls import expected_data, expected_lines, front_data, front_lines
 from carft_ray.results.reading.study_view import Overview
@@ -150,15 +150,17 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: float | None) -> tup
     model, standing = delivered(view)
     stage = last_stage(view.study_dir)
     fresh = [row for row in view.confirmations if stage and row.name.startswith(f"{stage.winner}-seed")]
-    trained = (*rows, *fresh)
-    tried = [point["objective"] for row in trained for point in view.result(row).get("curve") or () if point["alpha"]]
+    soups = soups_of(view, (*view.trials, *fresh))
+    results = [view.result(row) for row in (*rows, *fresh, *soups)]
+    tried = [point["objective"] for result in results for point in result.get("curve") or () if point["alpha"]]
+    tried += [each["objective"] for result in results for each in result.get("soup", {}).get("tried", ())]
     corrected = None
     text = f"Model of `export`: {model['name']} at alpha {model['alpha']:.2f}, {STANDING[standing]}. Its objective is "
     text += f"{100 * model['objective']:.1f} % on the images that chose it"
     if noise is not None:
         optimism = correct_best(tried, noise)["optimism"]
         corrected = {"value": model["objective"] - optimism, "optimism": optimism, "num_tried": len(tried)}
-        of = f"{counted(len(tried), 'value')}, each training at each alpha"
+        of = f"{counted(len(tried), 'value')}, each training{' and soup' * bool(soups)} at each alpha"
         text += f", {100 * corrected['value']:.1f} % without the selection bias of the best of {of}"
     return {**model, "standing": standing, "corrected": corrected}, f"{text}."
 

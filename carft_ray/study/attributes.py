@@ -5,6 +5,7 @@ NAME = "name"  # of its folder; ``Journal.ask`` and ``add``
 VALUES = "values"  # over the recipe's ``train``, if the sampler did not draw them; ``Journal.add``, ``space_revisions``
 REPEAT_OF = "repeat_of"  # of a repeat, name of the first training of its values; ``Journal.repeat``
 SEED = "seed"  # of a repeat
+SOUP = "soup"  # what a soup is made of; ``Journal.add``
 POINT = "point"  # of the recipe (``enqueue``), if the trial tries one; ``proposals.space.ask``
 ATTEMPT = "attempt"  # number of its last attempt; ``Study.next``
 

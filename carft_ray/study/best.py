@@ -65,7 +65,7 @@ class Retention:
                 self._remove(f"{place}/{what}")
         if f"{row.attempt_name}/{WEIGHTS}" not in names:
             self._without.add(row.training)
-        if row.kind != "confirm":
+        if row.kind in ("trial", "baseline"):
             self._rows[row.training] = row
 
     def keep_best(self) -> None:

@@ -93,8 +93,9 @@ class Journal:
             return self._spec("trial", self._storage.get_trial(trial_id(trial)))
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
-        """Enters a training with given values."""
-        return self._add(kind, {attr.NAME: name, attr.VALUES: values})
+        """Enters a training with given values, or a soup of what is given (``typed.Soup``)."""
+        of_soup = {attr.VALUES: {}, attr.SOUP: values}
+        return self._add(kind, {attr.NAME: name, **(of_soup if kind == "soup" else {attr.VALUES: values})})
 
     def repeat(self, first: TrialRow, seed: int) -> TrialSpec:
         """Enters a training of the same values with another seed."""
@@ -117,7 +118,8 @@ class Journal:
         places = {name: place for place, name in enumerate(self._recipe.search.space)}
         values = dict(sorted(values.items(), key=lambda pair: places.get(pair[0], len(places))))
         self._ids[kind, trial.number] = trial_id(trial)
-        return TrialSpec(kind, trial.number, attributes.get(attr.NAME, ""), values, attributes.get(attr.ATTEMPT, 0))
+        name, attempt, soup = attributes.get(attr.NAME, ""), attributes.get(attr.ATTEMPT, 0), attributes.get(attr.SOUP)
+        return TrialSpec(kind, trial.number, name, values, attempt, soup=soup)
 
     def _trial(self, spec: TrialSpec) -> FrozenTrial:
         return self._storage.get_trial(self._ids[spec.kind, spec.number])
@@ -172,7 +174,7 @@ class Journal:
         Raises:
             StorageError: The result of a trial lacks what its search needs.
         """
-        lowest = None if spec.kind == "confirm" else self._recipe.search.alpha.lowest
+        lowest = self._recipe.search.alpha.lowest if spec.kind in ("trial", "baseline") else None
         if spec.kind == "trial":
             missing, rule = missing_metrics(result["metrics"], self._constraints, self.rule is not None)
             if missing:

@@ -22,13 +22,20 @@ from carft_ray.untrusted import require_plain
 
 Found = TypeVar("Found")
 
-STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
+STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm", "soup": "soups"}
 ZERO_SHOT = "zero_shot"
-SAME_NAMES = (attr.ALPHA, attr.AT_CHANCE, attr.DIGEST, attr.MEASURED, attr.REPEAT_OF)  # attributes that a row has, too
+SAME_NAMES = (
+    attr.ALPHA,
+    attr.AT_CHANCE,
+    attr.DIGEST,
+    attr.MEASURED,
+    attr.REPEAT_OF,
+    attr.SOUP,
+)  # attributes that a row has, too
 
 
 def all_rows(storage: JournalStorage) -> dict[Kind, list[TrialRow]]:
-    """Returns trials, baselines and trainings of the confirm of an open log.
+    """Returns trials, baselines, trainings of the confirm and soups of an open log.
 
     Raises:
         StorageError: No folder may have the name of one of them.

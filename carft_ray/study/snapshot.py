@@ -31,6 +31,7 @@ class Snapshot:
         baselines: Zero-shot and the recipe's baselines, without their repeats.
         confirmations: Trainings with fresh seeds, of a confirm; none before one has begun.
         repeats: Of the baselines.
+        soups: Means of weights (``study.soups``).
         expected: Of its tried values; None before a trial is complete, and of a Pareto search.
     """
 
@@ -42,6 +43,7 @@ class Snapshot:
     confirmations: list[TrialRow] = field(default_factory=list)
     repeats: list[TrialRow] = field(default_factory=list)
     expected: Expectation | None = None
+    soups: list[TrialRow] = field(default_factory=list)
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
@@ -67,8 +69,8 @@ class Snapshot:
 
     @property
     def rows(self) -> list[TrialRow]:
-        """All trainings: baselines, trials, and those of a confirm."""
-        return [*self.all_baselines, *self.trials, *self.confirmations]
+        """All trainings: baselines, trials, those of a confirm, and soups."""
+        return [*self.all_baselines, *self.trials, *self.confirmations, *self.soups]
 
     @property
     def searched(self) -> list[TrialRow]:
@@ -87,7 +89,12 @@ class Snapshot:
 
     def of(self, kind: Kind) -> list[TrialRow]:
         """Returns the trainings of a kind."""
-        return {"trial": self.trials, "baseline": self.baselines, "confirm": self.confirmations}[kind]
+        return {
+            "trial": self.trials,
+            "baseline": self.baselines,
+            "confirm": self.confirmations,
+            "soup": self.soups,
+        }[kind]
 
 
 def snapshot(study_dir: Path, log: Log | None = None) -> Snapshot:
@@ -122,4 +129,4 @@ def standing(study_dir: Path, log: Log, recipe: Recipe, rows: Mapping[Kind, list
     trials, baselines = stand(trials, found), stand(baselines, found)
     first = [row for row in baselines if not row.repeat_of]
     repeats = [row for row in baselines if row.repeat_of]
-    return Snapshot(study_dir, log, recipe, trials, first, rows["confirm"], repeats, found)
+    return Snapshot(study_dir, log, recipe, trials, first, rows["confirm"], repeats, found, rows["soup"])

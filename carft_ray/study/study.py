@@ -239,9 +239,13 @@ class Study:
 
     def _ended(self, row: TrialRow) -> TrialRow:
         self.retention.ended(row)
-        if row.kind != "confirm" and self.knows_all:
+        if row.kind in ("trial", "baseline") and self.knows_all:
             self.retention.keep_best()
         return row
+
+    def fail(self, spec: TrialSpec, reason: str) -> TrialRow:
+        """Records that a training can never run."""
+        return self._pruned(spec, "error", reason, {})
 
     def lost(self, spec: TrialSpec, reason: str, details: str = "") -> Literal["advanced", "repeated", "set aside"]:
         """Notes that a machine failed under an attempt: another attempt follows, or the training is set aside.
@@ -331,6 +335,8 @@ class Study:
         return not self.waiting and not self._wants_more()
 
     def _may_start(self, spec: TrialSpec) -> bool:
+        if spec.kind == "soup":
+            return self._may_try()  # its points are compared with the baselines, too
         return spec.kind != "trial" or not self.asks or self._may_try()  # of given values all is known already
 
     def _may_try(self) -> bool:

@@ -71,19 +71,19 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
 
 
 def _spend_left_behind(study: Study) -> None:
-    """Notes what the attempts took that ran when a driver was killed, be it that of a search or of a confirm."""
+    """Notes what the attempts took that ran when a driver was killed, whatever they belonged to."""
     left = left_behind(study.log)
-    is_closed = "confirm" not in study.journal.studies and study.journal.has("confirm")
-    if is_closed:
-        study.journal.open("confirm")
+    further: tuple[Kind, ...] = ("confirm", "soup")
+    closed = [kind for kind in further if kind not in study.journal.studies and study.journal.has(kind)]
+    study.journal.open(*closed)
     for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
         if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
             found = left.get((spec.training, spec.attempt))
             seconds, gpus = found or _of_result(spec.place(study.study_dir), study.recipe.resources)
             if seconds:
                 study.journal.note(spec, study.spent(spec, seconds, gpus))
-    if is_closed:  # a search does not continue them
-        del study.journal.studies["confirm"]
+    for kind in closed:  # a search does not continue them
+        del study.journal.studies[kind]
 
 
 def _of_result(place: Path, resources: ResourcesConfig) -> tuple[float, float]:

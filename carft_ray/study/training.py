@@ -15,7 +15,7 @@ from carft_ray.store.attempt_files import append_log, read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome
 
-Kind = Literal["trial", "baseline", "confirm"]
+Kind = Literal["trial", "baseline", "confirm", "soup"]
 _MOST_PREDICTIONS = 2**32  # bytes; ``evaluation.predictions`` reads no more
 
 
@@ -24,13 +24,15 @@ class TrialSpec:
     """One attempt at a training of a study.
 
     Attributes:
-        kind: A trial of the search, a baseline, or a training with a fresh seed that confirms one of them.
+        kind: A trial of the search, a baseline, a training with a fresh seed that confirms one of them, or a mean of
+            the weights of such (``study.soups``), which is a training without steps.
         number: Its number in the Optuna study of its kind.
         name: Name of its folder: ``t0007-3f9c``, the baseline's name, or either with ``-seed<seed>``.
-        values: Values over the recipe's ``train``.
+        values: Values over the recipe's ``train``; none of a soup.
         attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
         references: ID accuracies with which its constraints compare, by baseline.
         fits: What the study knows of micro-batches, by device (``launch.workers.micro_batch``).
+        soup: What a soup is made of (``typed.Soup``); None of others.
     """
 
     kind: Kind
@@ -40,6 +42,7 @@ class TrialSpec:
     attempt: int
     references: dict[str, float] = field(default_factory=dict, compare=False, kw_only=True)
     fits: dict[str, int] = field(default_factory=dict, compare=False, kw_only=True)
+    soup: dict[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises a ``StorageError`` when no folder may have the name."""
@@ -49,6 +52,11 @@ class TrialSpec:
     def training(self) -> str:
         """The folder of the training within the study, which names it."""
         return f"{FOLDERS[self.kind]}/{self.name}"
+
+    @property
+    def called(self) -> str:
+        """What `--trial` takes for it: its name, of a fresh seed or a soup with its folder."""
+        return self.name if self.kind in ("trial", "baseline") else self.training
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""

@@ -43,6 +43,23 @@ class Before(_Strict):
     objectives: list[Number] | None
 
 
+class Member(_Strict):
+    """A training in a soup."""
+
+    name: Words  # its last attempt, in the study
+    sha256: Words  # of its weights
+    objective: Number | None
+
+
+class Soup(_Strict):
+    """What a soup is made of (``study.soups``)."""
+
+    kind: Literal["mean", "greedy", "model_stock"]
+    members: Annotated[list[Member], Field(min_length=1)]
+    alpha: Share  # at which tries are measured
+    train: dict[str, Any]  # values of the first member
+
+
 class Attributes(_Strict):
     """User attributes of a trial in the log that is a training (``study.rows``)."""
 
@@ -62,6 +79,7 @@ class Attributes(_Strict):
     digest: Words = ""
     repeat_of: Words = ""
     seed: Seed | None = None
+    soup: Soup | None = None
     outside: Before | None = None
 
 
@@ -81,6 +99,22 @@ class Kept(_Strict):
     sha256: Words
 
 
+class Tried(_Strict):
+    """What was measured on the way to a soup."""
+
+    member: Words
+    objective: Number
+
+
+class SoupMade(_Strict):
+    """What a soup has become, in its ``result.json`` (``training.soup``)."""
+
+    kind: Words
+    members: Annotated[list[Words], Field(min_length=1)]
+    left_out: list[Words]
+    tried: list[Tried]
+
+
 class Result(_Strict):
     """``result.json`` of an attempt (``store.attempt_files``)."""
 
@@ -92,6 +126,7 @@ class Result(_Strict):
     train: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     references: dict[str, Share] = {}
+    soup: SoupMade | None = None
 
 
 class MadeOn(_Strict):

@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -173,35 +173,64 @@ def run_training(
             classes or prompts than the preparation.
         CarftError: As its message says.
     """
-    place = out_dir / f"{layout.ATTEMPT}{attempt}"
     trained = from_rank_0(context, lambda: [str(path.relative_to(out_dir)) for path in left(out_dir, layout.WEIGHTS)])
     started = time.perf_counter()
+    training = open_training(recipe, out_dir, prepared_dir, context, attempt, opened)
+    store = target_store(recipe, training.inputs, training.heads["context_head"], device_of(recipe))
+    if recipe.train.function is not None:
+        function = function or on_node(recipe.train.function, recipe.train.function_dir)
+        recipe = without_tests(recipe)
+    training = replace(training, recipe=recipe, store=store, function=function)
+    # by an earlier attempt: only the curve is left
+    fine_tuned = (
+        on_all_ranks(context, lambda: load_tensors(out_dir / trained[-1])) if trained else _train(training, attempt)
+    )
+    return finish(training, fine_tuned, prepared_dir, started)
+
+
+def open_training(
+    recipe: Recipe,
+    out_dir: Path,
+    prepared_dir: Path,
+    context: RunContext,
+    attempt: int,
+    opened: SharedInputs | None = None,
+) -> "Training":
+    """Opens what a training needs, but for targets and a function of the user's; arguments and errors as above."""
     set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     if opened is None:
         _require_prepared(recipe, inputs, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
     mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
-    store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
-    if recipe.train.function is not None:
-        function = function or on_node(recipe.train.function, recipe.train.function_dir)
-        recipe = without_tests(recipe)
-    compiled = is_compiled(recipe, prepared_dir)
-    training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
-    # by an earlier attempt: only the curve is left
-    fine_tuned = (
-        on_all_ranks(context, lambda: load_tensors(out_dir / trained[-1])) if trained else _train(training, attempt)
-    )
+    place, compiled = out_dir / f"{layout.ATTEMPT}{attempt}", is_compiled(recipe, prepared_dir)
+    return Training(recipe, inputs, heads, out_dir, place, context, mixtures, compiled)
+
+
+def finish(
+    training: "Training", fine_tuned: dict[str, Tensor], prepared_dir: Path, started: float, **more: Any
+) -> dict[str, Any]:
+    """Writes the weights, measures the alpha curve, and writes the result, which it returns.
+
+    Args:
+        training: The training.
+        fine_tuned: Its state at alpha 1.
+        prepared_dir: What ``prepare`` made.
+        started: Of ``time.perf_counter``.
+        more: Further parts of the result.
+    """
+    recipe, context, place = training.recipe, training.context, training.place
     if context.rank == 0:
         with files.new_file(place / layout.WEIGHTS) as temporary:
             save_tensors(temporary, fine_tuned)
     result = _evaluate(training, fine_tuned, prepared_dir)
     result |= {
         "elapsed_s": round(time.perf_counter() - started, 3),
-        "environment": training_environment(device_of(recipe), context.world_size, compiled),
+        "environment": training_environment(device_of(recipe), context.world_size, training.is_compiled),
+        **more,
     }
-    if function is not None:
-        result["environment"]["function_source"] = source_of(function)
+    if training.function is not None:
+        result["environment"]["function_source"] = source_of(training.function)
     if context.rank == 0:
         result = write_result(place, result)
     return result
@@ -223,7 +252,7 @@ def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Training:
+class Training:
     """What the parts of one training share in one of its workers."""
 
     recipe: Recipe
@@ -232,9 +261,9 @@ class _Training:
     out_dir: Path
     place: Path
     context: RunContext
-    store: Path | None
     mixtures: Mixtures
     is_compiled: bool
+    store: Path | None = None
     function: OwnFunction | None = None
 
     @contextlib.contextmanager
@@ -245,7 +274,7 @@ class _Training:
             yield lambda alpha: predict_all(mixed(alpha), sets, alpha, batch_size, self.context)
 
 
-def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
+def _evaluate(training: Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
     """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
     recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
     references, start = training.context.references, prepared_dir / layout.ZERO_SHOT_TABLE
@@ -274,7 +303,7 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     }
 
 
-def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
+def _train(training: Training, attempt: int) -> dict[str, Tensor]:
     """Trains from the newest checkpoint; returns the fine-tuned state."""
     recipe, inputs, heads, context = training.recipe, training.inputs, training.heads, training.context
     small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]

@@ -143,7 +143,7 @@ class SearchView:
                 case events.TrialSetAside():
                     self._running.pop((event.spec.kind, event.spec.name), None)
                     return event.line()
-                case events.BaselineFinished() | events.TrialFinished():
+                case events.BaselineFinished() | events.TrialFinished() | events.SoupFinished():
                     self._best = getattr(event, "best", "") or self._best
                     self._end(event.row)
                     ranked = {(row.kind, row.name): row for row in getattr(event, "ranked", ())}
@@ -195,6 +195,7 @@ class SearchView:
     def _running_line(self, running: _Running) -> _Line:
         spec, metrics = running.spec, running.metrics
         epoch = f"{metrics.get('epoch', 0):.0f}/{spec.values.get('epochs', self._num_epochs)}"
+        epoch = "" if spec.kind == "soup" else epoch
         names = ("id_accuracy", "ood_accuracy", "objective")
         accuracies = [*(console.objective_cell(metrics.get(f"subset/{name}")) for name in names), ""]
         elapsed = console.duration(self._clock() - running.began)

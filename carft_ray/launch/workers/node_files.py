@@ -169,11 +169,13 @@ def _get(source: StudyFiles | BucketFiles, spec: TrialSpec, folder: Path, seen: 
     Into the study's folder, if it is ``seen``, comes what an earlier attempt has put into the bucket alone.
     """
     wanted = needed(source.entries(spec.training), spec.training)
+    attempts = [each["name"] for each in (spec.soup or {}).get("members", ())]  # they stay: others may need them
+    members = [each for name in attempts for each in source.entries(name) if each.name == f"{name}/{WEIGHTS}"]
     if seen:
         source.get([each for each in wanted if not files.exists(folder / each.name)], folder)
         return
     _remove_others(folder, spec.training, wanted)
-    source.get([*source.entries(PREPARED), *wanted], folder)
+    source.get([*source.entries(PREPARED), *wanted, *members], folder)
 
 
 def _remove_others(folder: Path, prefix: str, wanted: Sequence[Entry]) -> None:

@@ -25,6 +25,7 @@ Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], None]
 Prepare = Callable[[Recipe, Path, Say, Mapping[str, Any]], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
+MakeSoup = Callable[[Mapping[str, Any], Recipe, Path, Path, RunContext, int], dict[str, Any]]
 STOP_CHECK_S = 0.5
 VIEW_FIELDS = ("seed", "crop_scale", "context_scale", "precision")
 
@@ -37,11 +38,13 @@ class Runner:
         prepare: Does once what all trainings share; writes nothing if something is not as the study was made of.
         train: One training.
         fill: Builds what the cache of its node lacks, for trainings that read sets; None: they read none.
+        soup: Makes one soup; None: there are none.
     """
 
     prepare: Prepare
     train: Train
     fill: Fill | None = None
+    soup: MakeSoup | None = None
 
 
 @dataclass(frozen=True)

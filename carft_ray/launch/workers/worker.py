@@ -38,7 +38,7 @@ from carft_ray.launch.workers.mailbox import (
 )
 from carft_ray.launch.workers.micro_batch import fitted, memory_failure
 from carft_ray.launch.workers.node_files import Delivery, sees, training_at_hand
-from carft_ray.launch.workers.runtime import Fill, Prepare, Runner, Runtime, Train
+from carft_ray.launch.workers.runtime import Fill, MakeSoup, Prepare, Runner, Runtime, Train
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import alone, with_keys
@@ -66,7 +66,8 @@ def there(name: str, *given: Any) -> Any:
 fill: Fill = partial(there, "carft_ray.training.shared_inputs:fill_cache")
 prepare: Prepare = partial(there, "carft_ray.training.run:prepare")
 train: Train = partial(there, "carft_ray.training.run:run_training")
-RUNNER = Runner(prepare, train, fill)
+soup: MakeSoup = partial(there, "carft_ray.training.soup:run_soup")
+RUNNER = Runner(prepare, train, fill, soup)
 
 
 class Poster:
@@ -191,13 +192,17 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
                 start = f" with {context.world_size} workers" if context.world_size > 1 else ""
                 start += f" from {attempt_files.progress_words(folder)}" if spec.attempt > 1 else ""
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
-            recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
+            values = spec.values if spec.soup is None else spec.soup["train"]
+            recipe = apply(runtime.recipe if spec.kind in ("trial", "soup") else alone(runtime.recipe), values)
             if (fits := fitted(recipe, spec.fits, context.world_size)) is not None:
                 recipe = with_keys(recipe, train={"micro_batch": fits})
             take_gpu(runtime, context)
             context = replace(context, references=spec.references)
             with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:
-                result = runtime.runner.train(recipe, folder, study_dir / PREPARED, context, spec.attempt)
+                run = runtime.runner.train
+                if spec.soup is not None and runtime.runner.soup is not None:
+                    run = partial(runtime.runner.soup, spec.soup)
+                result = run(recipe, folder, study_dir / PREPARED, context, spec.attempt)
         if sends is not None:
             poster.record("log", f"attempt {spec.attempt}: {sends.words()}")
     except errors.OutOfMemoryError as error:

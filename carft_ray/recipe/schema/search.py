@@ -413,6 +413,11 @@ class SearchConfig(Config):
     stop_gain: PositiveFloat | None = key(None, 0.1, HOW_FAR)
     """ends the search before `trials` if 8 more trainings are expected to raise the best expected objective by fewer
     points; null: never"""
+    soups: tuple[Literal["repeats", "greedy", "uniform", "model_stock"], ...] = key(
+        (), ["repeats", "greedy"], Resume("running", "which soups are made once the trainings have ended")
+    )
+    """means of the weights of trained models, made and measured when the search ends: of the `repeats` of the best
+    values; of the best trainings, `greedy`, `uniform` or by `model_stock`; the best model is exported; []: none"""
     keep_checkpoints: PositiveInt = key(8, 10, Resume("running", "which weights are kept"))
     """number of best trials whose fine-tuned weights are kept, besides those of all baselines and of a Pareto front;
     all results are kept"""

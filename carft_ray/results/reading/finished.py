@@ -9,7 +9,7 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, require_choice
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RESULT, WEIGHTS
+from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RESULT, SOUPS, WEIGHTS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import TrainConfig
 from carft_ray.results.reading.status_and_ls import placed
@@ -29,7 +29,7 @@ class Finished:
 
     Attributes:
         folder: The study directory, absolute.
-        name: Name of the trial, of the baseline, or ``confirm/NAME``.
+        name: Name of the trial, of the baseline, ``confirm/NAME`` or ``soups/NAME``.
         base: Recipe of the study.
         recipe: The same with the values of this training.
         result: Content of ``result.json``; a trial of a Pareto search is at its point of the front.
@@ -74,7 +74,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
 
     Args:
         place: Folder or address of a study.
-        trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial.
+        trial: Number or name of a trial, name of a baseline, ``confirm/NAME`` or ``soups/NAME``; None: the best trial.
         argument: The argument or option that names the trial, for messages.
 
     Raises:
@@ -120,9 +120,10 @@ def split_target(written: str) -> tuple[Place, str | None]:
 def _find(study: Snapshot, trial: str | int | None, place: str) -> tuple[str, TrialRow]:
     """Returns name and row of a training of a study."""
     trial = None if trial is None else str(trial)
-    if trial is not None and trial.startswith(f"{CONFIRM}/"):
-        known, name = {f"{CONFIRM}/{row.name}": row for row in study.confirmations}, trial.rstrip("/")
-        require_choice(place, f"must be a training of {study.study_dir / CONFIRM}", name, known)
+    kind, name = (trial or "").partition("/")[0], (trial or "").rstrip("/")
+    if "/" in (trial or "") and kind in (CONFIRM, SOUPS):
+        known = {row.called: row for row in (*study.confirmations, *study.soups) if row.called.startswith(f"{kind}/")}
+        require_choice(place, f"must be a training of {study.study_dir / kind}", name, known)
         return name, known[name]
     trained = [*study.all_baselines, *study.trials]
     row = require_finished(study.study_dir, study.best if trial is None else find_row(trained, trial, place))

@@ -24,7 +24,7 @@ from carft_ray.errors import DataError, Problem, StorageError, UsageError
 from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
-from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
+from carft_ray.layout import HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.device import device_of, set_up
@@ -223,12 +223,11 @@ def require_weights(study_dir: Path, row: TrialRow, recipe: Recipe) -> None:
     """Raises a ``StorageError``, with the command to train it again, when a training has lost its weights."""
     if (row.place(study_dir) / WEIGHTS).exists():
         return
-    name = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
     rule = (
         f"its weights were removed: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
     )
     folder, trust = shlex.quote(named(study_dir)), trust_word(recipe)
-    step = f"Train it again: carft-ray reproduce {folder} {name} --out DIR{trust}"
+    step = f"Train it again: carft-ray reproduce {folder} {row.called} --out DIR{trust}"
     step += "\n    A larger search.keep_checkpoints keeps more next time."
     raise StorageError(Problem(str(row.folder(study_dir)), rule, next_step=step))
 
