@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from carft_ray import errors as errors
 
 if TYPE_CHECKING:
-    from carft_ray.api.actions import confirm, resume, search, train
+    from carft_ray.api.actions import confirm, resume, search, soup, train
     from carft_ray.api.answers import report
     from carft_ray.api.checks import load_recipe
     from carft_ray.api.studies import Study, open_study
@@ -30,6 +30,7 @@ __all__ = [
     "report",
     "resume",
     "search",
+    "soup",
     "train",
 ]
 _MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks", "report": "answers"}

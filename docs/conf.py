@@ -60,7 +60,8 @@ CHAPTERS = {
         *("docs/benchmarks", "docs/corruptions", "docs/decoding", "examples/pacs/README"),
     ),
     "Why": (
-        *("docs/method", "docs/results", "docs/expected", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust"),
+        *("docs/method", "docs/results", "docs/expected", "docs/soups"),
+        *("docs/honesty", "docs/pruning", "docs/scale", "docs/trust"),
         "SECURITY",
     ),
     "The project": ("CONTRIBUTING", "CODE_OF_CONDUCT", "CHANGELOG", "benchmarks/README"),

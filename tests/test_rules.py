@@ -263,7 +263,7 @@ def test_every_error_has_the_exit_code_of_its_kind_and_survives_the_pickling_wit
 
 
 API = {"Study", "__version__", "load_recipe", "open_study"}
-API |= {"confirm", "evaluate", "export", "predict", "report", "resume", "search", "train"}
+API |= {"confirm", "evaluate", "export", "predict", "report", "resume", "search", "soup", "train"}
 LEARNING = {"RunContext", "context_distribution", "context_kl", "fine_tune", "load_clip", "mix_weights"}
 PUBLIC = {"carft_ray": API, "carft_ray.cli": {"app", "main"}, "carft_ray.training": LEARNING}
 

@@ -48,6 +48,7 @@ from carft_ray.words import counted
 if TYPE_CHECKING:
     from carft_ray.launch.workers.runtime import Runner
     from carft_ray.results.confirm_plan import Stage
+    from carft_ray.study.study import Study
 
 Trainer = Callable[..., Any]
 
@@ -230,11 +231,7 @@ def confirm(
     for name, number, least in (("--top", top, 1), ("--seeds", seeds, 2)):
         if number < least:
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
-    view = study_view.read_study(own_folder(study))
-    is_of_bucket = in_bucket(study)  # a log in a folder tells by itself, after a wait, whether a silent holder is gone
-    if view.holder is not None and (is_of_bucket or view.log.is_held_here):
-        step = f"Wait until it ends, or end it: carft-ray stop {shlex.quote(str(study))}"
-        raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
+    view = _read_free(study)
     others = [study_view.read_study(path) for path in several(against)]
     words = override_words(overrides)
     recipe = check_recipe(recipe_for_use(view.study_dir, view.recipe, "confirm {}", words, trust_paths))
@@ -243,6 +240,8 @@ def confirm(
     from carft_ray.launch.command import Plan, run_confirm
     from carft_ray.results import confirm_plan
     from carft_ray.results.confirm_numbers import choose, confirm_lines, summarise
+    from carft_ray.results.delivered import trained_rows
+    from carft_ray.study.soups import of_study
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)
@@ -252,6 +251,11 @@ def confirm(
         known: Snapshot = view
         for note in notes:
             logger.warning("%s", note)
+
+        def soups_of_rows(held: "Study") -> dict[str, Any]:
+            now = held.snapshot()
+            groups = [[*own, *fresh] for row, own, fresh in trained_rows(now, first, second) if row.training]
+            return of_study(now, recipe.search.soups, groups)
 
         def train_stage(end: Callable[[Snapshot], Any]) -> Any:
             stage = second or first
@@ -266,6 +270,7 @@ def confirm(
                     runner,
                     given=lambda held: confirm_plan.fix(held, recipe, first, second, others),
                     resume_command=resume_command,
+                    soups=soups_of_rows if second or winner == "search" else None,
                 )
                 return run_confirm(plan, end)
 
@@ -276,6 +281,88 @@ def confirm(
         summary = train_stage(lambda held: summarise(held, first, second))
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
     return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
+
+
+def _read_free(study: str | Path) -> study_view.Overview:
+    """Reads a study on which no search may run."""
+    view = study_view.read_study(own_folder(study))
+    is_of_bucket = in_bucket(study)  # a log in a folder tells by itself, after a wait, whether a silent holder is gone
+    if view.holder is not None and (is_of_bucket or view.log.is_held_here):
+        step = f"Wait until it ends, or end it: carft-ray stop {shlex.quote(str(study))}"
+        raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
+    return view
+
+
+@as_command
+def soup(
+    study: str | Path,
+    members: Sequence[str | int] = (),
+    *,
+    kind: str | None = None,
+    overrides: Overrides = (),
+    address: str | None = None,
+    trust_paths: bool = False,
+    progress: bool = True,
+    resume_command: str = SAME_CALL,
+) -> Answer:
+    """Makes soups, means of the weights of trainings, and measures their alpha curves on the validation sets.
+
+    Args:
+        study: The study directory; no search may be running on it.
+        members: Trainings by number or name, ``confirm/NAME`` among them, the best first; none: those of the study.
+        kind: One of ``study.soups.KINDS``; None: ``uniform`` of given members, else ``repeats`` and ``greedy``.
+        overrides: Same as in ``load_recipe``; only keys that change where and how fast trainings run.
+        address: Same as in ``search``.
+        trust_paths: Same as in ``resume``.
+        progress: Show progress.
+        resume_command: Shown after an interruption.
+
+    Returns:
+        All soups of the study; ``numbers`` has ``soups``, and ``model``, which `export` writes.
+
+    Raises:
+        UsageError: There are not two trainings with weights, or a member is none; or as in ``confirm``.
+        NoSuccessfulTrialError: No trial, or not the member, has finished.
+        CarftError: Same as in ``confirm``.
+    """
+    from carft_ray.results.confirm_plan import read_plan
+    from carft_ray.results.delivered import delivered, trained_rows
+    from carft_ray.results.reading.finished import open_finished
+    from carft_ray.results.soup_lines import soup_lines
+    from carft_ray.study import soups
+
+    if kind is not None:
+        require_choice("--kind", "must be a kind of soup", kind, soups.KINDS)
+    if members and kind == "repeats":
+        raise UsageError(Problem("--kind", "must be another kind for given members", "repeats", soups.KINDS[1:]))
+    view = _read_free(study)
+    recipe = recipe_for_use(view.study_dir, view.recipe, "soup {}", override_words(overrides), trust_paths)
+    recipe = check_recipe(recipe)
+    kinds: tuple[soups.SoupKind, ...] = (kind,) if kind else ("repeats", "greedy")  # type: ignore[assignment]  # one of KINDS
+    if members:
+        rows = [open_finished(view.study_dir, each, "--member").row for each in members]
+        if odd := [row.called for row in rows if not row.digest or row.kind == "soup"]:
+            raise UsageError(Problem("--member", "must be trainings", odd[0]))
+        if len({row.training for row in rows}) < len(rows):
+            raise UsageError(Problem("--member", "must name each training once", ", ".join(map(str, members))))
+        wanted = soups.made_of(view, kinds[0] if kind else "uniform", rows)
+    else:
+        stages = read_plan(view.study_dir)
+        groups = [[*own, *fresh] for row, own, fresh in trained_rows(view, *stages) if row.training] if stages else []
+        wanted = soups.of_study(view, kinds, groups)
+    if not wanted:
+        rule = "a soup needs two trainings whose weights the study keeps"
+        step = f"Train more: carft-ray resume {shlex.quote(str(study))} --trials +4"
+        raise UsageError(Problem(str(study), rule, next_step=step))
+    from carft_ray.launch.command import Plan, run_soups
+    from carft_ray.ui.progress import search_shown
+
+    with search_shown(progress, view.study_dir, recipe.train.epochs, kind="soup") as on_event:
+        plan = Plan(recipe, view.study_dir, address, on_event, resume_command=resume_command)
+        now = study_view.Overview.from_snapshot(run_soups(plan, wanted))
+    (model, standing), made = delivered(now), [now.data(row) for row in now.soups]
+    numbers = {"study": named(view.study_dir), "soups": made, "model": {**model, "standing": standing}}
+    return Answer(recipe.name, numbers, (console.trial_table(made),), tuple(soup_lines(now)))
 
 
 def _sending(recipe: Recipe, study_dir: Path, notify_url: str | None) -> AbstractContextManager[Any]:

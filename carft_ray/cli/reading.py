@@ -49,6 +49,9 @@ def status(
         console.show(console.trial_table(rows))
     for line in answer["lines"]:
         console.show(line)
+    for row in answer["soups"]:
+        measured = "" if row["objective"] is None else f", {console.percent(row['objective'])} %"
+        console.show(f"Soup soups/{row['name']}, {len(row['members'])} members: {row['outcome']}{measured}.")
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.show(f"\nConfirm: {done} of {counted(begun, 'training')} with fresh seeds finished.")
@@ -149,7 +152,7 @@ def list_(
     answer = status_and_ls.listing(study_view.read_study(place, STATE), by_objective=sort == "objective", limit=limit)
     if console.print_json(answer, json_):
         return
-    rows = [*answer["baselines"], *answer["trials"]]
+    rows = [*answer["baselines"], *answer["trials"], *answer["soups"]]
     if rows:
         console.show(console.trial_table(rows))
     for line in answer["lines"]:
@@ -180,7 +183,7 @@ def logs(
     if follow and json_:
         raise UsageError(Problem("--json", "cannot be used with --follow"))
     view = study_view.read_study(study, STATE)
-    confirmed = {row.name: row for row in view.confirmations}  # these have no numbers to be called by
+    confirmed = {row.name: row for row in (*view.confirmations, *view.soups)}  # these have no numbers to be called by
     row = confirmed.get(trial) or study_view.find_row([*view.all_baselines, *view.trials], trial)
     bring(view.study_dir, [f"{row.training}/{LOG}"])
     lines = study_view.read_log(view.study_dir, row.training)

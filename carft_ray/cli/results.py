@@ -183,7 +183,7 @@ def rescore(
     console.next_step(*steps)
 
 
-TRIAL = "Trial (7, t0007), name of a baseline, or confirm/NAME; default: the best."
+TRIAL = "Trial (7, t0007), name of a baseline, confirm/NAME or soups/NAME; default: the best."
 
 
 @command("reproduce studies/quickstart t0003", common.TRUST)
@@ -230,7 +230,8 @@ def reproduce(
     if finished.is_zero_shot:
         console.next_step(common.command_line("ls", folder))
         return
-    compare = common.command_line("compare", f"{folder}:{finished.name}", out or f"{folder}:zero_shot")
+    again = out if finished.row.soup is None else None  # a soup made again is no study
+    compare = common.command_line("compare", f"{folder}:{finished.name}", again or f"{folder}:zero_shot")
     console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))
 
 

@@ -52,6 +52,36 @@ def train(
     )
 
 
+@command("soup studies/quickstart --member 3 --member 7", common.ONE_TRAINING)
+def soup(
+    study: common.StudyArgument,
+    member: Annotated[
+        list[str] | None, Option(metavar="TRIAL", help="Trial, baseline or confirm/NAME; repeatable, best first.")
+    ] = None,
+    kind: Annotated[
+        str | None, Option(help="repeats, greedy, uniform or model_stock; default: repeats and greedy.")
+    ] = None,
+    executor: common.ExecutorOption = None,
+    num_workers: common.WorkersOption = None,
+    address: common.AddressOption = None,
+    trust_paths: common.TrustPathsOption = False,
+    json_: common.JsonOption = False,
+) -> None:
+    """Average the weights of trained models, and measure the result. The best model is exported."""
+    shared: dict[str, Any] = {"executor": executor, "num_workers": num_workers}
+    shared |= {"address": address, "trust_paths": trust_paths}
+    again = common.command_line("soup", study, member=member or [], kind=kind, **shared)
+    shared |= {"overrides": common.overrides_of(None, shared), "resume_command": again}
+    from carft_ray.api import actions
+
+    found = actions.soup(study, member or (), kind=kind, progress=not json_, **shared)
+    if console.print_json(found.numbers, json_):
+        return
+    console.show(found.tables[0])
+    console.say("\n" + "\n".join(found.lines))
+    common.suggest(study, "soup", changed=True, address=address)
+
+
 @command("evaluate runs/first --alpha 0.5", common.ONE_TRAINING)
 def evaluate(
     folder: common.TrainedArgument,

@@ -381,6 +381,28 @@ def run_search(plan: Plan) -> Ran:
     return run(replace(plan, resume_command=again, soups=soups), found)
 
 
+def run_soups(plan: Plan, soups: Mapping[str, Soup]) -> Snapshot:
+    """Makes soups of a study, as trainings of a search are run; what is made already is left alone.
+
+    Args:
+        plan: The plan.
+        soups: By name (``study.soups``).
+
+    Returns:
+        The study.
+
+    Raises:
+        CarftError: As ``run``; one whose attempts were lost again and again is a ``MachineError``.
+    """
+
+    def found(ran: Ran) -> Snapshot:
+        if set_aside := [row for row in ran.study.soups if row.set_aside and row.name in soups]:
+            raise set_aside_error(set_aside, plan.resume_command)
+        return ran.study
+
+    return run(replace(plan, kind="soup", given=lambda study: {}, soups=lambda study: soups), found)
+
+
 def run_confirm(plan: Plan, end: Callable[[Snapshot], R]) -> R:
     """Trains what a plan gives, as trials of a search are trained; what is finished already is left alone.
 

@@ -69,8 +69,9 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
         return round(OUTSIDE_S + measured["prepare_s"] + start_s + rounds * mean_s, 1)
 
     kept = min(recipe.search.keep_checkpoints, trials) + baselines
+    soups = sum(2 if kind == "repeats" else 1 for kind in recipe.search.soups)
     disk = {
-        "weights": kept * measured["weights"],
+        "weights": (kept + soups) * measured["weights"],
         "predictions": (trials + baselines) * measured["predictions"],
         "targets": num_stored_visits(recipe) * measured["targets"],
         "cache": measured["cache"],
@@ -82,6 +83,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) 
         "searched values other than epochs": True,
         "trainings that the pruner ends early": recipe.search.pruner.name != "none",
         "nodes that join later": capacity.asked > 0,
+        "time of soups": soups > 0,
     }
     return {
         "concurrency": capacity.concurrency,

@@ -2,9 +2,9 @@
 
 Before a `confirm` it is the best on validation of the trainings of the best values, at their alpha. After one those
 with fresh seeds take part, too. So do soups of these trainings, each at its own alpha; a soup that measures no more
-than the best training is not chosen. Each baseline delivers a model by the same rule. A read of the test sets fixes all of
-them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From then on the delivered
-model is the one of the last read.
+than the best training is not chosen. Each baseline delivers a model by the same rule. A read of the test sets fixes all
+of them in its line of the ledger, with the SHA-256 of their weights, before it opens an image. From then on the
+delivered model is the one of the last read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ STANDING: dict[Standing, str] = {
     "tested": "the model that `test` has fixed and measured",
     "fixed": "the model that `test` has fixed, in a read that has not ended",
     "confirmed": "the best of the winner's trainings on validation, not tested",
-    "searched": "the best trial of the search, neither confirmed nor tested",
+    "searched": "the best model of the search, neither confirmed nor tested",
 }
 # a delivered model: ``name`` (of the training of the winner, else of the baseline), ``role``, ``trial`` (as `--trial`
 # takes it; None of the zero-shot model), ``runs`` (its folder in the study, a list of none or one), ``alpha``,
@@ -93,29 +93,36 @@ def models_of_confirm(study: Snapshot, first: Stage, second: Stage | None) -> li
         StorageError: A result is missing or damaged.
     """
     last, study_dir = second or first, study.study_dir
-    own = {row.name: study.trainings_of(row) for row in (*study.baselines, *study.trials) if row.outcome == "complete"}
     if not any(row.role == "winner" and trained for row, trained in whole_rows(last, study.confirmations)):
         return []
+    found = []
+    for row, own, fresh in trained_rows(study, first, second):
+        if row.training is None and own:
+            found.append(_model(study_dir, own[0], row.role, 0.0, row.objective, 0))
+        elif trained := [*own, *fresh]:
+            counted = {each.name for each in fresh}
+            if second and row.role == "winner":  # ``chosen_from`` has those that chose it
+                counted -= first.trainings().keys()
+            repeats = max(len(own), 1) - 1 if row.role == "baseline" else 0
+            best, model = _best_of(study_dir, row, trained, row.chosen_from + repeats + len(counted))
+            members = (*trained, *study.trials) if row.role == "winner" else trained
+            found.append(_or_soup(study, model, best, members, row.name))
+    return found
+
+
+def trained_rows(
+    study: Snapshot, first: Stage, second: Stage | None
+) -> list[tuple[PlanRow, list[TrialRow], list[TrialRow]]]:
+    """Returns the winner of a confirm, then its baselines, each with its trainings of the search and its fresh ones."""
+    own = {row.name: study.trainings_of(row) for row in (*study.baselines, *study.trials) if row.outcome == "complete"}
     complete = {row.name: row for row in study.confirmations if row.outcome == "complete"}
     fresh: dict[str, list[TrialRow]] = {}
     for stage in filter(None, (first, second)):
         for row in stage.rows:
             fresh.setdefault(row.name, []).extend(complete[name] for name in stage.names(row) if name in complete)
-    found = []
-    for row in sorted(last.rows, key=lambda row: row.role != "winner"):
-        if row.role not in ("winner", "baseline") or row.name.endswith(AT_ONE):
-            continue
-        if row.training is None and row.name in own:
-            found.append(_model(study_dir, own[row.name][0], row.role, 0.0, row.objective, 0))
-        elif trained := [*own.get(row.name, ()), *fresh[row.name]]:
-            counted = {each.name for each in fresh[row.name]}
-            if second and row.role == "winner":  # ``chosen_from`` has those that chose it
-                counted -= first.trainings().keys()
-            repeats = len(own.get(row.name, (row,))) - 1 if row.role == "baseline" else 0
-            best, model = _best_of(study_dir, row, trained, row.chosen_from + repeats + len(counted))
-            members = (*trained, *study.trials) if row.role == "winner" else trained
-            found.append(_or_soup(study, model, best, members, row.name))
-    return found
+    rows = sorted((second or first).rows, key=lambda row: row.role != "winner")
+    models = [row for row in rows if row.role in ("winner", "baseline") and not row.name.endswith(AT_ONE)]
+    return [(row, own.get(row.name, []), fresh[row.name]) for row in models]
 
 
 def _kept(study_dir: Path, trained: Sequence[TrialRow]) -> Sequence[TrialRow]:

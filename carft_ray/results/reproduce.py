@@ -21,17 +21,23 @@ from carft_ray.data.class_names import class_folders
 from carft_ray.data.duplicates.shared_images import read_shared, without_shared
 from carft_ray.data.same_as_study import require_same
 from carft_ray.errors import CarftError, InterruptedRunError, Problem
+from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.command import Plan, run, train_once
 from carft_ray.launch.events import OnEvent
 from carft_ray.launch.workers.worker import RUNNER
+from carft_ray.layout import ATTEMPT, CONFIRM, PREDICTIONS, PREPARED, WEIGHTS
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe, alone, single, with_keys
 from carft_ray.results.compare_trainings import origin
 from carft_ray.results.reading.finished import Finished, open_finished
 from carft_ray.study.provenance import differences, leaves
 from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.snapshot import snapshot
 from carft_ray.study.training import result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.origin import set_contents
+from carft_ray.training.run_context import RunContext
+from carft_ray.training.soup import run_soup
 from carft_ray.words import counted
 
 # of result.json; all but times and the machine
@@ -39,6 +45,7 @@ COMPARED = ("objective", "alpha", "metrics", "curve", "num_images")
 COMPARED_WITHIN = ("objective", "curve", "num_images")
 TOLERANCE = 0.01  # a percentage point
 DECODED = "decoded"
+MEMBERS = "members"  # of a soup that is made again
 
 
 def sentence(found: Mapping[str, Any]) -> str:
@@ -71,7 +78,7 @@ def change_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_event: OnEvent) -> dict[str, Any]:
-    """Repeats a training and compares.
+    """Repeats a training, or a soup with its members, and compares.
 
     Args:
         finished: A training of a study, or its zero-shot model.
@@ -93,6 +100,8 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     """
     out_dir = out_dir.resolve()
     files.require_new(out_dir, "--out")
+    if finished.row.soup is not None:
+        return _reproduce_soup(finished, finished.row.soup, out_dir, say, on_event)
     kept, then, shared = finished.provenance, finished.predictions(), read_shared(finished.folder)
     say("comparing the images with those of the study")
     base = without_shared(finished.base, shared)
@@ -110,7 +119,34 @@ def reproduce(finished: Finished, out_dir: Path, say: Callable[[str], None], on_
     except InterruptedRunError:
         step = "Run the same command again; the folder of --out, if one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
-    return _compared(finished, then, open_finished(out_dir, ZERO_SHOT if finished.is_zero_shot else None))
+    again = open_finished(out_dir, ZERO_SHOT if finished.is_zero_shot else None)
+    numbers = partial(_numbers, _result(again))
+    return _compared(finished, then, numbers, again.predictions, again.weights_path, origin(again))
+
+
+def _reproduce_soup(
+    finished: Finished, soup: Mapping[str, Any], out_dir: Path, say: Callable[[str], None], on_event: OnEvent
+) -> dict[str, Any]:
+    """Repeats each member in ``out_dir/members``, then the soup of what has come of them; compares the soup alone."""
+    then, members, changes = finished.predictions(), list[dict[str, Any]](), list[dict[str, Any]]()
+    for index, member in enumerate(soup["members"], start=1):
+        name = member["name"].rpartition("/")[0]
+        called = name if name.startswith(f"{CONFIRM}/") else name.partition("/")[2]
+        say(f"training member {index} of {len(soup['members'])} again: {called}")
+        place = Path(MEMBERS) / str(index)
+        changes += reproduce(open_finished(finished.folder, called), out_dir / place, say, on_event)["changes"]
+        [row] = snapshot(out_dir / place).trials
+        sha256 = result_of(out_dir / place, row)["files"][WEIGHTS]["sha256"]
+        members.append({**member, "name": f"{place}/{row.attempt_name}", "sha256": sha256})
+    recipe = _as_computed(apply(finished.base, soup["train"]), _environment(finished), out_dir)
+    references = finished.result.get("references", {})
+    context, prepared = RunContext(references=references), out_dir / MEMBERS / "1" / PREPARED
+    say("making the soup again")
+    result = run_soup({**soup, "members": members}, recipe, out_dir, prepared, context, 1, study_dir=out_dir)
+    place = out_dir / f"{ATTEMPT}1"
+    numbers, predictions = partial(_numbers, result), partial(read_predictions, place / PREDICTIONS)
+    found = _compared(finished, then, numbers, predictions, place / WEIGHTS, origin(replace(finished, result=result)))
+    return {**found, "changes": [*{each["key"]: each for each in (*changes, *found["changes"])}.values()]}
 
 
 def _prepare(shared: Recipe, kept: Mapping[str, Any], *given: Any) -> dict[str, Any]:
@@ -144,19 +180,26 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     return with_keys(recipe, resources=computed, data=data, train=train)
 
 
-def _compared(finished: Finished, predictions: pa.Table, again: Finished) -> dict[str, Any]:
+def _compared(
+    finished: Finished,
+    predictions: pa.Table,
+    numbers_again: Callable[[Sequence[str]], dict[str, Any]],
+    predictions_again: Callable[[], pa.Table],
+    weights_again: Path,
+    origin_again: Mapping[str, Any],
+) -> dict[str, Any]:
     """Compares a training, whose predictions were read before, with itself repeated."""
     is_exact = _environment(finished)["device"] == "cpu" or finished.recipe.train.deterministic
     tolerance, keys = (0.0, COMPARED) if is_exact else (TOLERANCE, COMPARED_WITHIN)
-    numbers, sides = _numbers(finished, keys), (finished, again)
-    found = differing(numbers, _numbers(again, keys), tolerance)
-    with_weights = is_exact and all(side.weights_path.is_file() for side in sides)
+    numbers, paths = _numbers(_result(finished), keys), (finished.weights_path, weights_again)
+    found = differing(numbers, numbers_again(keys), tolerance)
+    with_weights = is_exact and all(path.is_file() for path in paths)
     if is_exact:
-        found += differing(columns(predictions), columns(again.predictions()))
+        found += differing(columns(predictions), columns(predictions_again()))
     if with_weights:
-        then, now = (load_tensors(side.weights_path) for side in sides)
+        then, now = map(load_tensors, paths)
         found += differing(then, now)
-    changes = [each for each in differences(origin(finished), origin(again)) if each[0] != "hardware.threads"]
+    changes = [each for each in differences(origin(finished), origin_again) if each[0] != "hardware.threads"]
     return {
         "same": not found,
         "title": finished.title,
@@ -205,9 +248,12 @@ def columns(predictions: pa.Table) -> dict[str, Any]:
     return {f"predictions.{name}": predictions[name].to_numpy() for name in predictions.column_names}
 
 
-def _numbers(finished: Finished, keys: Sequence[str]) -> dict[str, Any]:
+def _result(finished: Finished) -> dict[str, Any]:
+    return result_of(finished.folder, finished.row) or finished.result
+
+
+def _numbers(result: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """Returns what is compared of a result, by dotted name; points of the curve by their alpha."""
-    result = result_of(finished.folder, finished.row) or finished.result
     parts = {key: result[key] for key in keys if key in result}
     if "curve" in parts:
         parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}

@@ -15,6 +15,7 @@ from carft_ray.results.reading.status_and_ls import (
     pruner_quality,
 )
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.soup_lines import soup_lines
 from carft_ray.results.stored import of_search, read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.place import named
@@ -40,6 +41,7 @@ def search_summary(ran: Ran) -> dict[str, Any]:
         "front": front_data(recipe, study.trials),
         "expected": expected,
         "lines": _lines(study, expected),
+        "soups": [view.data(row) for row in view.soups],
         "budget": {"used_up": bool(ran.out_of_budget), "line": budget_line(ran)},
         "best_recipe": str(study.study_dir / BEST),
         "figure": str(study.study_dir / FIGURE_PNG),
@@ -70,6 +72,7 @@ def _lines(study: Snapshot, expected: Mapping[str, Any] | None) -> list[str]:
         *front_lines(front),
         *constraint_lines(best),
         *lines,
+        *soup_lines(study),
         *headline_lines(of_search(recipe, spec, best, rivals, chosen)),
         "Measured numbers of the best trial helped to choose it, so they are too high; none is from a test set.",
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),

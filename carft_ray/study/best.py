@@ -20,12 +20,13 @@ from carft_ray.study.pareto_front import front_rule
 from carft_ray.study.rows import best_row, rank
 from carft_ray.study.training import TrialRow
 
+WHOLE = 3  # values, of which no training goes
 OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is one of the best
 
 
 class Retention:
-    """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials, of those that the ledger has fixed,
-    and of the best training of each baseline, no others.
+    """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials, of all trainings of the best three
+    values, of those that the ledger has fixed, and of the best training of each baseline, no others.
 
     The best trials are those of the values that are expected to be best, of equal values the ones that measured most
     at their alpha. Of a failed or cut training no attempt's files stay, of a complete one those of its result, without
@@ -96,6 +97,8 @@ class Retention:
         trials = [row for row in ranked if row.kind == "trial"]
         there = [row for row in trials if row.training not in self._without]  # what is gone takes nobody's place
         kept = {row.training for row in there[: self._recipe.search.keep_checkpoints]}
+        best = [*dict.fromkeys(row.repeat_of or row.name for row in there)][:WHOLE]
+        kept |= {row.training for row in there if (row.repeat_of or row.name) in best}  # a soup needs all of them
         repeated, worse = set[str](), [row for row in trials if row.training not in kept]
         for row in ranked:
             if row.kind == "baseline":

@@ -80,7 +80,7 @@ def made_of(study: Snapshot, kind: SoupKind, members: Sequence[TrialRow]) -> dic
     parts = []
     for row in members:
         result = result_of(study.study_dir, row)
-        at = next((point for point in result.get("curve") or () if point["alpha"] == alpha), {})
+        at: dict[str, float] = next((point for point in result.get("curve") or () if point["alpha"] == alpha), {})
         recorded = result.get("files", {}).get(WEIGHTS, {}).get("sha256", "")
         parts.append({"name": row.attempt_name, "sha256": recorded, "objective": at.get("objective")})
     train = {**result_of(study.study_dir, members[0])["train"], "alpha": None}

@@ -6,7 +6,7 @@
 |---|---|
 | ``mean`` | the mean of all members |
 | ``model_stock`` | between that mean and the zero-shot weights, tensor by tensor (``model.soups``) |
-| ``greedy`` | the mean of the members that were added, one by one, because the objective rose ("Model soups", recipe 1) |
+| ``greedy`` | the mean of the members that were added, one by one, as the objective rose ("Model soups", recipe 1) |
 
 Of ``mean`` and ``model_stock`` a member is left out if a barrier lies between it and the first one: half of both
 measures less than the worse of the two, by more than a standard error over images. All tries are measured at one alpha.
@@ -43,6 +43,7 @@ def run_soup(
     context: RunContext,
     attempt: int = 1,
     opened: SharedInputs | None = None,
+    study_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Makes a soup, measures its alpha curve on the validation sets, and returns the content of ``result.json``.
 
@@ -51,6 +52,7 @@ def run_soup(
             ``objective`` at ``alpha``, or None) and ``alpha``, at which tries are measured (``study.soups``).
         recipe: ``recipe.train`` holds the values of the first member.
         out_dir, prepared_dir, context, attempt, opened: As of ``training.run.run_training``.
+        study_dir: Folder in which the members are; None: that of ``prepared_dir``.
 
     Returns:
         As ``run_training``, with ``soup``: ``kind``, ``members`` that are in it, ``left_out``, and ``tried``: names and
@@ -62,7 +64,7 @@ def run_soup(
     """
     started = time.perf_counter()
     training = open_training(recipe, out_dir, prepared_dir, context, attempt, opened)
-    state, said = _made(training, soup, prepared_dir.parent)
+    state, said = _made(training, soup, study_dir or prepared_dir.parent)
     return finish(training, state, prepared_dir, started, soup={"kind": soup["kind"], **said})
 
 

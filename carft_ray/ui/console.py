@@ -252,7 +252,8 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         alpha = "" if row["alpha"] is None else f"{row['alpha']:.2f}"
         time = elapsed_cell(row["elapsed_s"])
         objectives = [objective_cell(row["objective"]), objective_cell(row.get("expected"))][: 1 + has_expected]
-        lines.append([row["name"], *values, alpha, *accuracies, *objectives, time, _remark(row)])
+        name = f"soups/{row['name']}" if row.get("kind") == "soup" else row["name"]  # as `--trial` takes it
+        lines.append([name, *values, alpha, *accuracies, *objectives, time, _remark(row)])
     titles = numbers(*names, "alpha", "ID, %", "OOD, %", *("objective, %", "expected, %")[: 1 + has_expected], "time")
     return table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
 

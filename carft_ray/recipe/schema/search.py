@@ -419,5 +419,5 @@ class SearchConfig(Config):
     """means of the weights of trained models, made and measured when the search ends: of the `repeats` of the best
     values; of the best trainings, `greedy`, `uniform` or by `model_stock`; the best model is exported; []: none"""
     keep_checkpoints: PositiveInt = key(8, 10, Resume("running", "which weights are kept"))
-    """number of best trials whose fine-tuned weights are kept, besides those of all baselines and of a Pareto front;
-    all results are kept"""
+    """number of best trials whose fine-tuned weights are kept, besides all trainings of the best three values, all
+    baselines, soups and a Pareto front; all results are kept"""

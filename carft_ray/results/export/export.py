@@ -219,6 +219,7 @@ def model_card(trained: Trained, choice: Choice, formats: Sequence[str], has_bia
         ),
         shared=f"\nImages that are in two roles:\n\n{shared}" if shared else "",
         values=markdown(", ".join(f"{key} {value}" for key, value in result["train"].items() if key in named)),
+        training_of="Training of the first member" if "soup" in result else "Training",
         usage="\n".join(usage(name, inputs.clip, has_bias) for name in formats),
         class_names=markdown(", ".join(inputs.class_names)),
         preprocessing=preprocessing(inputs.clip),

@@ -51,6 +51,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "pruner": pruner_quality(pruner, overview.trials),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
+        "soups": [overview.data(row) for row in overview.soups],
         "front": front,
         "expected": expected,
         "lines": [
@@ -123,6 +124,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
         "num_trials": len(rows),
         "lines": constraint_lines(overview.best),
         "baselines": [overview.data(row) for row in overview.all_baselines],
+        "soups": [overview.data(row) for row in overview.soups],
         "trials": [overview.data(row) for row in rows[:limit]],
     }
 
