@@ -197,6 +197,9 @@ def _alpha(recipe: Recipe) -> Iterator[Problem]:
         step = f"With sample, add {add}; with profile, remove it: every trial tries the whole curve."
         rule = "must be sample if alpha is in search.space, else profile"
         yield at(mode, rule, search.alpha.mode, next_step=step)
+    if parameter and search.alpha.rule != "best":
+        rule, step = "must be best if alpha is in search.space", "Each trial has one alpha, which the search has drawn."
+        yield at(("search", "alpha", "rule"), rule, search.alpha.rule, next_step=step)
     for key, value in (_ends(parameter) if parameter else {}).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
             rule = f"must be at least search.alpha.lowest, {lowest}"

@@ -24,6 +24,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.train import PENALTIES
 from carft_ray.results.evidence import AT_ONE
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.toward_start import delivered_at
 from carft_ray.study import typed
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.place import named
@@ -149,14 +150,14 @@ def first_stage(
     else:
         ranked = [row for row in ranked if row.order is not None and row.order[:2] <= best.order[:2]]
     tried = view.num_finished
-    rows = [_plan_row(row, "candidate" if index else "winner", tried) for index, row in enumerate(ranked[:top])]
+    rows = [_plan_row(view, row, "candidate" if index else "winner", tried) for index, row in enumerate(ranked[:top])]
     rows += without_penalties(view.recipe, rows[0]) if ablation else []
     for row in view.baselines:
         if row.objective is None:
             continue
-        rows.append(_plan_row(row, "baseline", int(row.name != ZERO_SHOT)))
+        rows.append(_plan_row(view, row, "baseline", int(row.name != ZERO_SHOT)))
         at_one = point_at(view.result(row).get("curve") or (), 1.0)
-        if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
+        if row.name != ZERO_SHOT and rows[-1].alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}{AT_ONE}", alpha=1.0, objective=at_one["objective"]))
     for other in against:
         rival = _rival(view, other, (*known, *rows))
@@ -364,12 +365,16 @@ def without_penalties(recipe: Recipe, winner: PlanRow) -> list[PlanRow]:
     return [replace(row, training=f"{winner.training}-no-penalties", objective=0.0, chosen_from=1)]
 
 
-def _plan_row(row: TrialRow, role: Role, chosen_from: int) -> PlanRow:
+def _plan_row(study: Snapshot, row: TrialRow, role: Role, chosen_from: int) -> PlanRow:
+    """Returns the values of a training of a study, at the alpha at which they are delivered."""
+    alpha = delivered_at(study, study.trainings_of(row))
     training = None if row.name == ZERO_SHOT else row.name
     left_out = ("seed",) if row.standing else ("alpha", "seed")
     values = {name: value for name, value in row.values.items() if name not in left_out}
     objective = row.objective if row.expected is None else row.expected
-    return PlanRow(row.name, role, training, row.alpha or 0.0, values, objective or 0.0, chosen_from)
+    if alpha != (row.alpha or 0.0) and (point := point_at(row.points, alpha)):
+        objective = point["objective"]
+    return PlanRow(row.name, role, training, alpha, values, objective or 0.0, chosen_from)
 
 
 def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
@@ -384,13 +389,14 @@ def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
         raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
     best = require_finished(other.study_dir, other.best)
     here, there = (each.recipe.train.model_dump(mode="json", exclude={"alpha"}) for each in (view, other))
+    left_out = ("seed",) if best.standing else ("alpha", "seed")
     values = {**{key: value for key, value in there.items() if value != here[key]}, **best.values}
+    values = {key: value for key, value in values.items() if key not in left_out}
     if best.standing:
         values["alpha"] = best.alpha  # of its point of the front: it may be on a grid that this study has not
     name = f"{other.study_dir.name} {best.name}"
     training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
-    row = _plan_row(replace(best, values=values), "baseline", other.num_finished)
-    row = replace(row, name=name, training=training)
+    row = replace(_plan_row(other, best, "baseline", other.num_finished), values=values, name=name, training=training)
     if any(each.name == name and each.values != row.values for each in rows):  # of a folder with the same name
         number = source_id(other.study_dir)
         row = replace(row, name=f"{name} {number}", training=f"{training}-{number}")

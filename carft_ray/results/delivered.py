@@ -20,6 +20,7 @@ from carft_ray.results.confirm_plan import PlanRow, Stage, last_stage, read_plan
 from carft_ray.results.evidence import AT_ONE, headline_lines, in_points, winner_of
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.stored import read_compared
+from carft_ray.results.toward_start import delivered_at
 from carft_ray.study import typed
 from carft_ray.study.ledger import fixed_in, read_folder, reads_of
 from carft_ray.study.records import LEDGER
@@ -78,7 +79,8 @@ def models_of_search(study: Snapshot) -> list[Model]:
         row = max(_kept(study.study_dir, trained), key=lambda row: row.objective or 0.0)
         num = study.num_finished if role == "winner" else len(trained) * (first.name != ZERO_SHOT)
         name = first.name if role == "baseline" else ""
-        model = _model(study.study_dir, row, role, row.alpha or 0.0, row.objective or 0.0, num, name)
+        alpha = delivered_at(study, [row])
+        model = _model(study.study_dir, row, role, alpha, _objective(study, row, alpha), num, name)
         members = study.trials if role == "winner" else trained
         models.append(_or_soup(study, model, row, members, first.name))
     return models
@@ -157,12 +159,17 @@ def _or_soup(study: Snapshot, model: Model, row: TrialRow, trained: Sequence[Tri
         return model
     tried = sum(1 + num_tried(study, soup) for soup in soups)
     model = {**model, "chosen_from": model["chosen_from"] + tried}
-    allowed = [soup for soup in soups if soup.violation <= row.violation]
-    best = max(allowed, key=lambda soup: soup.objective or 0.0, default=None)
-    if best is None or best.objective is None or best.objective <= model["objective"]:
-        return model
-    role, number = model["role"], model["chosen_from"]
-    return _model(study.study_dir, best, role, best.alpha or 0.0, best.objective, number, name)
+    for soup in (soup for soup in soups if soup.violation <= row.violation):
+        objective = _objective(study, soup, alpha := delivered_at(study, [soup]))
+        if objective > model["objective"]:
+            model = _model(study.study_dir, soup, model["role"], alpha, objective, model["chosen_from"], name)
+    return model
+
+
+def _objective(study: Snapshot, row: TrialRow, alpha: float) -> float:
+    """Returns what a complete training or soup measured at an alpha."""
+    point = None if alpha == row.alpha else point_at(result_of(study.study_dir, row).get("curve") or (), alpha)
+    return float(point["objective"] if point else row.objective or 0.0)
 
 
 def soups_of(study: Snapshot, trained: Iterable[TrialRow]) -> list[TrialRow]:

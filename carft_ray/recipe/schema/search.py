@@ -345,6 +345,9 @@ class AlphaConfig(Config):
     """alphas at which the curve is measured, in addition to `lowest`"""
     lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, 0.2, OBJECTIVE)
     """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
+    rule: Literal["best", "one_se"] = key("best", "one_se", Resume("running", "at which alpha models are delivered"))
+    """alpha of the models that are confirmed, tested and exported. best: the highest objective; one_se: the smallest
+    alpha whose objective is lower by at most one standard error of the difference, over images"""
 
     @property
     def measured(self) -> tuple[float, ...]:
