@@ -364,7 +364,7 @@ THAT_TRAIN = {
 }
 WITHOUT_TRUST = {
     **THAT_TRAIN,
-    **{name: ["study"] for name in ("stop", "status", "ls", "logs", "test", "report", "rescore")},
+    **{name: ["study"] for name in ("stop", "status", "ls", "logs", "soup", "test", "report", "rescore")},
     **{name: ["study/best.yaml"] for name in ("validate", "doctor")},
     "plan": ["recipe.yaml", *STRANGE],
     "evaluate": ["TRAINING"],

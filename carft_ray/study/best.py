@@ -96,8 +96,11 @@ class Retention:
         ranked = self._ranked(rows)
         trials = [row for row in ranked if row.kind == "trial"]
         there = [row for row in trials if row.training not in self._without]  # what is gone takes nobody's place
-        kept = {row.training for row in there[: self._recipe.search.keep_checkpoints]}
-        best = [*dict.fromkeys(row.repeat_of or row.name for row in there)][:WHOLE]
+        first = there[: self._recipe.search.keep_checkpoints]
+        kept, best = (
+            {row.training for row in first},
+            [*dict.fromkeys(row.repeat_of or row.name for row in first)][:WHOLE],
+        )
         kept |= {row.training for row in there if (row.repeat_of or row.name) in best}  # a soup needs all of them
         repeated, worse = set[str](), [row for row in trials if row.training not in kept]
         for row in ranked:
