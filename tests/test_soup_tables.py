@@ -74,8 +74,8 @@ def one(**changes):
 
 BAD = {
     "a missing file": (None, "must be a readable file, but got No such file"),
-    "nothing": (b"", "must have a line for each model: none"),
-    "blank lines": (b"\n \n", "must have a line for each model: none"),
+    "nothing": (b"", "must have a line for each model, but got none"),
+    "blank lines": (b"\n \n", "must have a line for each model, but got none"),
     "half a line": (one()[:50], ":1: must be a JSON object"),
     "a list": (b"[1]", ":1: must be a JSON object, but got [1]"),
     "no UTF-8": (b"\xff\xfe", "must be text in UTF-8"),
