@@ -1,12 +1,11 @@
 """Soups: means of the weights of trainings, made and measured as a training without steps. No Ray runs."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from crash_host import call
+from crash_host import call, printed
 
 from carft_ray.model.soups import Mean
 from carft_ray.results.delivered import delivered
@@ -14,6 +13,7 @@ from carft_ray.study.snapshot import snapshot
 
 SHORT = ["search.trials=2", "train.epochs=1", "search.baselines={}", "data.id_val.num_per_class=20"]
 SHORT += ["resources.executor=debug", "search.soups=[greedy, uniform]"]
+SEARCH = ["search", "search_spaces/quickstart.yaml", *(word for each in SHORT for word in ("--set", each))]
 
 
 def states(number, dtype=torch.float32):
@@ -73,8 +73,7 @@ def test_members_with_other_tensors_are_refused(odd):
 def study_dir(tmp_path_factory):
     """A finished search with its soups."""
     folder = tmp_path_factory.mktemp("soups") / "study"
-    words = [word for each in SHORT for word in ("--set", each)]
-    assert call(["search", "search_spaces/quickstart.yaml", "--study", str(folder), *words]) == 0
+    assert call([*SEARCH, "--study", str(folder)]) == 0
     return folder
 
 
@@ -82,8 +81,7 @@ def test_a_search_makes_its_soups_and_the_same_command_makes_nothing_new(study_d
     now = snapshot(study_dir)
     assert [row.outcome for row in now.soups] == ["complete", "complete"]
     assert [row.attempt for row in now.soups] == [1, 1]
-    words = [word for each in SHORT for word in ("--set", each)]
-    assert call(["search", "search_spaces/quickstart.yaml", "--study", str(study_dir), *words]) == 0
+    assert call([*SEARCH, "--study", str(study_dir)]) == 0
     assert [(row.name, row.attempt, row.digest) for row in snapshot(study_dir).soups] == [
         (row.name, row.attempt, row.digest) for row in now.soups
     ]
@@ -109,9 +107,7 @@ def test_a_soup_is_exported_by_its_name_and_the_card_names_its_members(study_dir
 
 def test_commands_that_read_know_soups(study_dir, capsys):
     for command in ("ls", "status"):
-        capsys.readouterr()
-        assert call([command, str(study_dir), "--json"]) == 0
-        answer = json.loads(capsys.readouterr().out)
+        answer = printed(capsys, command, str(study_dir))
         assert [len(row["members"]) for row in answer["soups"]] == [2, 2]
         assert all(row["values"] == {} for row in answer["soups"])
 
