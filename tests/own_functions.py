@@ -6,12 +6,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 
-def few_steps(values, context, before_last=lambda: None):
+def few_steps(values, context, before_last=lambda: None, kind=torch.optim.SGD):
     """Trains on one batch, an epoch a step; reports and asks as a real one does."""
     model, images = context.model, context.train_set
     batch = torch.stack([images[i][0] for i in range(len(images))]).to(context.device)
     labels = torch.from_numpy(images.labels).to(context.device)
-    optimizer = torch.optim.SGD(model.parameters(), values["learning_rate"])
+    optimizer = kind(model.parameters(), values["learning_rate"])
     for epoch in range(1, values["epochs"] + 1):
         if epoch == values["epochs"]:
             before_last()
@@ -55,3 +55,15 @@ def diverges(values, context):
 
 def one_argument(values):
     return values
+
+
+def opposites(values, context):
+    """Trains on one batch, and leaves what it found: to one side with a small learning rate, else to the other.
+
+    The mean of two such trainings is what both have found, and neither of them is any good."""
+    found = few_steps({**values, "learning_rate": 0.001}, context, kind=torch.optim.Adam)
+    side, draw = 1 if values["learning_rate"] > 0.005 else -1, torch.Generator().manual_seed(0)
+    return {
+        name: tensor + 4 * side * tensor.abs().mean() * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in found.items()
+    }
