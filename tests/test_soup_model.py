@@ -1,4 +1,4 @@
-"""A soup that is a study's model: one file through confirm's neighbours test, export, predict and reproduce; lies, kills."""
+"""A soup that is the model of a study: one file through all commands, studies that lie, kills."""
 
 import hashlib
 import shutil
