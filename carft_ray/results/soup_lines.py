@@ -7,15 +7,15 @@ from carft_ray.words import counted
 
 
 def soup_lines(study: Snapshot) -> list[str]:
-    """Returns a line for each soup that is made, and one about the model; nothing for a study without soups.
+    """Returns a line for each soup, and one about the model if any is made; nothing for a study without soups.
 
     Raises:
         HoldOutError, StorageError: The study is damaged.
     """
     made = [row for row in study.soups if row.outcome == "complete"]
+    lines = [f"Soup {row.called} was not made: {row.reason}." for row in study.soups if row.outcome == "error"]
     if not made or study.best is None:
-        return []
-    lines = []
+        return lines
     for row in made:
         result = result_of(study.study_dir, row)
         text = f"Soup {row.called}: {members_words(result)}, {100 * (row.objective or 0.0):.1f} %"
