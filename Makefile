@@ -97,7 +97,7 @@ WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
 	@KILLS_OF=1 $(BIN)/python -m pytest -s tests/test_study_crash.py -k $(WHERE)
 	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_crash.py tests/test_test_struck.py
-	@KILLS_OF=1 $(BIN)/python -m pytest -s tests/test_confirm_struck.py -k 'killed and $(WHERE)'
+	@KILLS_OF=1 $(BIN)/python -m pytest -s tests/test_confirm_struck.py tests/test_soup_model.py -k 'killed and $(WHERE)'
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
 # ray-train, some 10 minutes
