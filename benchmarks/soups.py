@@ -1,10 +1,12 @@
-"""What is a mean of the weights of many trainings worth (a soup)? ``python -m benchmarks.soups --from FOLDER``
+"""What is a mean of the weights of many trainings worth (a soup)? ``python -m benchmarks.soups``
 
     python -m benchmarks.soups --from model-soups
+    python -m benchmarks.soups examples/pacs/art_painting.yaml --trainings benchmarks/results/seeds/art
 
 FOLDER is a copy of the public results of "Model soups" (arXiv 2203.05482; github.com/mlfoundations/model-soups, MIT
 licence): 72 CLIP ViT-B/32, fine-tuned on ImageNet, on held-out images of ImageNet's training set (2 %), on ImageNet and
-on five shifts. Nothing is trained or downloaded. Each shift in turn is the one that a choice may see:
+on five shifts. Nothing is trained or downloaded. The second command asks the same of the trainings of searches
+(``benchmarks.soup_searches``). Each shift in turn is the one that a choice may see:
 
     chosen by   (held-out images + validation shift) / 2
     measured    (ImageNet + mean of the four other shifts) / 2
@@ -27,6 +29,7 @@ from math import fsum
 from pathlib import Path
 
 from carft_ray.errors import CarftError, Problem, UsageError
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.ui import console
 from carft_ray.untrusted import parse_json, read_text
 
@@ -148,10 +151,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soups", description="What soups are worth.")
     words = f"with {MODELS_FILE}, {UNIFORM_FILE} and {GREEDY_FILE} of {SOURCE}"
-    parser.add_argument("--from", dest="published", type=Path, required=True, metavar="FOLDER", help=words)
+    parser.add_argument("--from", dest="published", type=Path, metavar="FOLDER", help=words)
+    parser.add_argument("recipe", type=Path, nargs="?", help="a recipe with a table of benchmarks.seed_table")
+    parser.add_argument("--trainings", type=Path, metavar="FOLDER", help="that benchmarks.seed_table got with --out")
+    parser.add_argument("--length", type=int, default=16, help="trainings of a search (%(default)s)")
+    parser.add_argument("--searches", type=int, default=20, help="how many (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="soups at a time (%(default)s)")
     given = parser.parse_args(argv)
+    if (given.published is None) == (given.trainings is None or given.recipe is None):
+        parser.error("either --from, or a recipe and --trainings")
     try:
-        print("\n".join(table_of(read_published(given.published))))
+        if given.published:
+            lines = table_of(read_published(given.published))
+        else:
+            from benchmarks.soup_searches import run  # which loads torch
+
+            out = given.trainings.resolve()
+            lines = run(load_recipe(given.recipe), out, given.length, given.searches, given.processes)
+        print("\n".join(lines))
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

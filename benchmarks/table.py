@@ -95,8 +95,11 @@ def correct_bits(predictions: pa.Table, alpha: float, sets: Sequence[str]) -> by
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> None:
-    """Writes rows as a Parquet file, with words as the metadata of its schema."""
-    table = pa.Table.from_pylist(rows).replace_schema_metadata(words)
+    """Writes rows, which may lack columns that others have, as a Parquet file; words are its metadata."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]).replace_schema_metadata(
+        words
+    )
     with files.new_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 

@@ -52,6 +52,7 @@ from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.training.soup import run_soup
 
 ID_TEST = "id_test"
 DIVERGED = "diverged.txt"
@@ -72,23 +73,29 @@ class Planned:
         values: Over the recipe's ``train``.
         test_alphas: Where it is read on the test sets; none: only on validation.
         keeps_weights: Whether its weights stay.
+        soup: Of a soup (``training.soup.run_soup``): what it is made of, with members in the folder of the trainings.
     """
 
     name: str
     values: Mapping[str, Any]
     test_alphas: tuple[float, ...] = ()
     keeps_weights: bool = False
+    soup: Mapping[str, Any] | None = None
 
     @property
     def folder_name(self) -> str:
         """Name and a hash of everything, so that a changed plan is a new training."""
         words = re.findall(r"[a-z0-9.]+", self.name.lower())
-        return "-".join([*words, _digest([dict(self.values), self.test_alphas])])
+        return "-".join([*words, _digest([dict(self.values), self.test_alphas, *([self.soup] if self.soup else [])])])
 
     @property
     def cost(self) -> float:
         """About how many passes over 7,000 images it takes; for the time left."""
-        return 8 + (5 if self.values.get("alpha") is None else 1) + len(self.test_alphas)
+        return (
+            (len(self.soup["members"]) if self.soup else 8)
+            + (5 if self.values.get("alpha") is None else 1)
+            + len(self.test_alphas)
+        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,10 @@ def run_one(bench: Bench, planned: Planned) -> bool:
     attempt = 1 + len(list(folder.glob(f"{ATTEMPT}*")))
     context = RunContext(should_stop=bench.stop_path.exists)
     try:
-        run_training(recipe, folder, bench.prepared_dir, context, attempt)
+        if planned.soup is None:
+            run_training(recipe, folder, bench.prepared_dir, context, attempt)
+        else:
+            run_soup(planned.soup, recipe, folder, bench.prepared_dir, context, attempt)
     except StoppedRun:
         return False
     except DivergedError as error:
