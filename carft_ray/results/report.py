@@ -71,7 +71,7 @@ def study_report(view: Overview) -> dict[str, Any]:
     )
     spec, chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], recipe)
     data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
-    model, of_model = _model(view, trials, data["noise"])
+    model = _model(view, trials, data["noise"])
     ended = [row for row in (*view.trials, *view.all_baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
         device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
@@ -106,7 +106,7 @@ def study_report(view: Overview) -> dict[str, Any]:
             "",
             *worth,
             *constraint_lines(best),
-            of_model,
+            model["words"],
             *(["", *headline] if headline else []),
             *_later_lines(study_dir, best.name),
         ],
@@ -141,8 +141,8 @@ def _by_one_number(
     )
 
 
-def _model(view: Overview, rows: Sequence[TrialRow], noise: float | None) -> tuple[dict[str, Any], str]:
-    """Returns the model that `export` writes, as data and as text.
+def _model(view: Overview, rows: Sequence[TrialRow], noise: float | None) -> dict[str, Any]:
+    """Returns the model that `export` writes.
 
     It was chosen by its objective, among all trainings and alphas that were tried: ``corrected`` is without the bias of
     that choice. A file keeps its seed, so the noise is that of the images. None in a Pareto search.
@@ -162,7 +162,7 @@ def _model(view: Overview, rows: Sequence[TrialRow], noise: float | None) -> tup
         corrected = {"value": model["objective"] - optimism, "optimism": optimism, "num_tried": len(tried)}
         of = f"{counted(len(tried), 'value')}, each training{' and soup' * bool(soups)} at each alpha"
         text += f", {100 * corrected['value']:.1f} % without the selection bias of the best of {of}"
-    return {**model, "standing": standing, "corrected": corrected}, f"{text}."
+    return {**model, "standing": standing, "corrected": corrected, "words": f"{text}."}
 
 
 def _by_front(best: TrialRow, front: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

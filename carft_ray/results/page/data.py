@@ -93,6 +93,7 @@ def page_document(view: Overview) -> dict[str, Any]:
         "test": read_compared(study_dir, TEST_DIR),
         "expected": _expected(view),
         "repeats": [row.name for row in view.repeats],
+        "models": [view.data(row) for row in (*(view.trainings_of(best) if best else ()), *view.soups)],
         "baselines": [view.data(row) for row in view.baselines],
         "trials": [view.data(row) for row in view.trials],
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},

@@ -354,7 +354,7 @@
   draw.timeline = (rows, element) => {
     const names = new Set(rows.map((trial) => trial.name)), now = Date.parse(doc.made.time);
     const all = Object.entries(doc.seconds).filter(([name]) => names.has(name) || !place.has(name) && !trials.some((trial) => trial.name === name))
-      .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) || doc.repeats.includes(name) ? "baseline" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
+      .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) || doc.repeats.includes(name) ? "baseline" : doc.models.some((row) => row.kind === "soup" && row.name === name) ? "soup" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
     if (!all.length) return null;
     const ends = []; // of the last training on each line; times are known to a second
     for (const one of all) { let lane = ends.findIndex((end) => end <= one.began + Math.min(1000, one.ms / 5)); if (lane < 0) lane = ends.push(0) - 1; ends[lane] = one.began + one.ms; one.lane = lane; }
@@ -363,7 +363,7 @@
     const kinds = [...new Set(all.map(label))];
     const traces = kinds.map((kind) => {
       const several = all.filter((one) => label(one) === kind), outcome = several[0].outcome;
-      const color = colour({ trial: tone[outcome] ?? "grey", baseline: "purple", confirm: "green" }[several[0].kind]);
+      const color = colour({ trial: tone[outcome] ?? "grey", baseline: "purple", confirm: "green", soup: "orange" }[several[0].kind]);
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
         marker: { color, line: { color: all.length > MANY ? color : colour("paper"), width: 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });

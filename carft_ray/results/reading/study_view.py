@@ -87,7 +87,7 @@ class Overview(Snapshot):
             "kind": row.kind,
             "name": row.name,
             "values": row.values if row.name == ZERO_SHOT or row.soup else {**self._own_values, **row.values},
-            "members": [each["name"].rpartition("/")[0] for each in row.soup["members"]] if row.soup else [],
+            "members": self._members(row),
             "outcome": self.state(row),
             "epoch": last_epoch(self.study_dir, row) if row.outcome == "running" else None,
             "reason": row.reason,
@@ -109,6 +109,12 @@ class Overview(Snapshot):
     def result(self, row: TrialRow) -> dict[str, Any]:
         """Returns the content of a row's ``result.json``; empty without one."""
         return result_of(self.study_dir, row)
+
+    def _members(self, row: TrialRow) -> list[str]:
+        """Returns the trainings that are in a soup, or are to be; none of a training."""
+        asked = [each["name"] for each in (row.soup or {}).get("members", ())]
+        used = self.result(row).get("soup", {}).get("members") if asked else None
+        return [name.rpartition("/")[0] for name in used or asked]
 
     @functools.cached_property
     def _own_values(self) -> dict[str, Any]:
