@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import crash_host
@@ -17,11 +18,16 @@ from bucket_server import bucket_server, copied
 from crash_host import call, printed
 from debug_search import half_written
 from safetensors.torch import load_file, save_file
+from unseen import Here, plan_of, unseen
 
 import carft_ray
+from carft_ray.launch.workers.worker import RUNNER, run_worker
 from carft_ray.layout import RESULT, WEIGHTS
+from carft_ray.study.opening import open_study
 from carft_ray.study.place import pull
 from carft_ray.study.snapshot import snapshot
+from carft_ray.study.soups import enter
+from carft_ray.training.run_context import RunContext
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")]
 
@@ -222,3 +228,19 @@ def soups_in(study_dir):
     rows = snapshot(study_dir).soups
     weights = [hashlib.sha256((row.place(study_dir) / WEIGHTS).read_bytes()).hexdigest() for row in rows]
     return [(row.name, row.outcome, row.objective, row.alpha) for row in rows], weights
+
+
+def test_a_soup_made_on_a_node_that_does_not_see_the_study_is_the_same_file(made, waiting):
+    recipe = snapshot(waiting).recipe
+    with open_study(waiting, recipe) as study:
+        enter(study, {})
+        spec = study.next()
+        away = Here(study.study_dir)
+        runtime = replace(plan_of(study, away), runner=RUNNER)
+        assert run_worker(unseen(runtime), spec, RunContext()) == "go"
+        assert study.settle(spec).outcome == "complete"
+    brought = [given[0] for method, *given in away.calls if method == "read"]
+    assert {name.split("/")[1] for name in brought if name.endswith(WEIGHTS)} == {
+        row.name for row in snapshot(waiting).trials
+    }
+    assert soup_of(waiting)[1] == soup_of(made / "study")[1]
