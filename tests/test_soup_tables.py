@@ -56,6 +56,12 @@ def test_the_printed_table(folder, capsys):
     assert {name: tuple(map(float, numbers)) for name, *numbers in cells} == EXPECTED
 
 
+def test_the_table_in_the_results_is_the_printed_one(folder):
+    lines = [*soups.table_of(soups.read_published(folder))][1:]
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    assert "\n".join(lines) in page
+
+
 def test_a_choice_does_not_look_at_what_is_measured():
     model = dict(zip(soups.COLUMNS, (0.5, 0.75, 0.25, 0.125, 0.5, 0.625, 0.75), strict=True))
     for shift in soups.SHIFTS:
