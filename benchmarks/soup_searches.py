@@ -84,7 +84,8 @@ def replayed(table: SeedTable, diverged: set[Member], trainings: int, search: in
         winners = [member(row) for row in sorted(same, key=lambda row: -point(row, best.alpha)["objective"])]
         others = [member(row) for row in sorted(rows, key=rank) if row not in same]
         ranked = [each for each in (*winners, *others) if each not in diverged][:MOST]
-        different = [*dict.fromkeys(member(row) for row in sorted(first_of_each(rows), key=rank))][:3]
+        firsts = [member(row) for row in sorted(first_of_each(rows), key=rank)]
+        different = [each for each in firsts if each not in diverged][:3]
         assert best.alpha is not None
         asked = {
             "all repeats": Asked("mean", tuple(winners), best.alpha),
@@ -121,7 +122,7 @@ def planned(asked: Asked, table: SeedTable, bench: Bench, alphas: tuple[float, .
         members.append({"name": place, "sha256": sha256, "objective": objective})
     values = table.values[table.names.index(asked.members[0][0])]
     soup = {"kind": asked.kind, "members": members, "alpha": asked.at}
-    return Planned(f"{asked.kind} of {len(members)}", values, alphas, soup=soup)
+    return Planned(f"{asked.kind} of {len(members)}", values, alphas, keeps_weights=True, soup=soup)
 
 
 def of_table(member: Member, table: SeedTable, alphas: tuple[float, ...]) -> Planned:
@@ -228,9 +229,7 @@ def _by_set(bits: bytes, sizes: Mapping[str, int]) -> dict[str, FloatArray]:
     return found
 
 
-def delivered(
-    search: Mapping[str, Replayed], model_of: Callable[[Member | Asked], Model]
-) -> dict[str, tuple[float, float]]:
+def delivered(search: Mapping[str, Replayed], model_of: ModelOf) -> dict[str, tuple[float, float]]:
     """Returns what each delivered model of one search has measured on validation, and what it is worth.
 
     Args:
