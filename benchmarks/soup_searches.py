@@ -6,7 +6,8 @@ by ``training.soup``, and measured as trainings of the table are: a curve on the
 the accuracies on the part of each test set that is for tables, which tell what a choice is worth. Trainings whose
 weights are not in FOLDER are run again.
 
-    benchmarks/tables/NAME-soups.parquet    a row per soup: kind, members, at, used, objective, alpha, curve
+    benchmarks/tables/NAME-soups.parquet        a row per soup: kind, members, at, used, objective, alpha, curve
+    benchmarks/tables/NAME-soups-tests.jsonl    a line per model that ``--tests`` has read on the recipe's test sets
 
 ``at`` is the alpha at which tries are measured, ``used`` are the members that are in it. What is in the file is not
 made again: a killed benchmark continues with the same command, and the table of a whole file needs no weights.
@@ -14,7 +15,7 @@ made again: a killed benchmark continues with the same command, and the table of
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from benchmarks.emulators import EDGE, FloatArray, SeedTable, Tabulated, read_ta
 from benchmarks.rules import RULES, as_searched, run_search, student
 from benchmarks.seed_table import TABLES, check_start, for_tables, row_of, start_of
 from benchmarks.table import write_table
-from benchmarks.trainings import ID_TEST, Bench, Clock, Planned, open_bench, run_all
+from benchmarks.trainings import ID_TEST, Bench, Clock, Planned, open_bench, predict_tests, run_all
 from carft_ray.evaluation.objective import ID_SET, objective_spec
+from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.layout import RESULT, WEIGHTS
+from carft_ray.recipe.loading import apply
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.statistics.intervals import objective_difference
 from carft_ray.study.expected import expectation, stand, values_key
@@ -148,7 +151,7 @@ def measure(asked: Sequence[Asked], table: SeedTable, bench: Bench, path: Path, 
         check_start(str(path), words_of(pq.read_table(path)), start)
     rows = read_soups(path)
     missing = [each for each in dict.fromkeys(asked) if each.key not in rows]
-    alphas = tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
+    alphas = alphas_of(recipe)
     trained = [of_table(each, table, alphas) for each in dict.fromkeys(m for soup in missing for m in soup.members)]
     trained = [each for each in trained if not list(bench.training_dir(each).glob(f"attempt-*/{WEIGHTS}"))]
     run_all(bench, trained, processes, Clock(sum(each.cost for each in trained)))
@@ -229,51 +232,114 @@ def _by_set(bits: bytes, sizes: Mapping[str, int]) -> dict[str, FloatArray]:
     return found
 
 
-def delivered(search: Mapping[str, Replayed], model_of: ModelOf) -> dict[str, tuple[float, float]]:
-    """Returns what each delivered model of one search has measured on validation, and what it is worth.
+BEST = "best of these with repeats and greedy"  # what the product delivers, with these soups
+CHOSEN = ("one training", "all repeats", "best two repeats", "greedy")
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A model that a search may deliver, and the alpha at which it is."""
+
+    what: Member | Asked
+    model: Model
+    alpha: float
+
+    @property
+    def key(self) -> str:
+        """Tells them apart in a file."""
+        return f"{self.what.key if isinstance(self.what, Asked) else json.dumps(self.what)} at {self.alpha:g}"
+
+
+def delivered(search: Mapping[str, Replayed], model_of: ModelOf) -> dict[str, Delivered]:
+    """Returns what one search may deliver, by name.
 
     Args:
         search: Of ``replayed``.
         model_of: Gives a training or a soup.
     """
-    found = dict[str, tuple[float, float]]()
+    found = dict[str, Delivered]()
     for way, each in search.items():
-        training = model_of(each.training)
-        models = {"one training": (training, each.alpha)}
-        models |= {name: (soup := model_of(asked), soup.row["alpha"]) for name, asked in each.soups.items()}
+        models = {"one training": Delivered(each.training, model_of(each.training), each.alpha)}
+        for name, asked in each.soups.items():
+            models[name] = Delivered(asked, model_of(asked), model_of(asked).row["alpha"])
         if each.soups:
-            wanted = [name for name in models if name in ("one training", "all repeats", "best two repeats", "greedy")]
-            best = max(wanted, key=lambda name: models[name][0].at(models[name][1])["objective"])
-            models["the best of these with repeats and greedy"] = models[best]
-        for name, (model, alpha) in models.items():
-            for rule, at in (
-                ("", alpha),
-                ("; alpha one_se", model.toward_start(alpha, True)),
-                ("; alpha by the error of the best", model.toward_start(alpha, False)),
-            ):
-                if not rule or name in ("one training", "the best of these with repeats and greedy"):
-                    found[f"{way}: {name}{rule}"] = model.at(at)["objective"], model.worth(at)
+            wanted = [models[name] for name in CHOSEN if name in models]
+            models[BEST] = max(wanted, key=lambda one: one.model.at(one.alpha)["objective"])
+        found |= {f"{way}: {name}": one for name, one in models.items()}
+        for name in ("one training", BEST):
+            if (one := models.get(name)) is not None:
+                for rule, is_paired in (("one_se", True), ("the error of the best alone", False)):
+                    alpha = one.model.toward_start(one.alpha, is_paired)
+                    found[f"{way}: {name}, alpha by {rule}"] = replace(one, alpha=alpha)
     return found
 
 
-def table_of(searches: Sequence[Mapping[str, tuple[float, float]]]) -> Iterator[str]:
-    """Yields the lines of a Markdown table: means over searches, in points, and the difference to today's model."""
+def table_of(
+    searches: Sequence[Mapping[str, Delivered]], worth: Callable[[Delivered], float], of: str
+) -> Iterator[str]:
+    """Yields the lines of a Markdown table: means over searches, and the difference to today's model in points.
+
+    Args:
+        searches: Of ``delivered``.
+        worth: What a model is worth.
+        of: Name of the images that say it.
+    """
     today = f"{TODAY}: one training"
-    yield f"{len(searches)} searches; Student's 95 % interval of the difference to the first row, paired by search\n"
-    yield "| delivered | searches | validation, % | parts for tables, % | difference, points |"
+    yield f"\n{len(searches)} searches; Student's 95 % interval of the difference to the first row, paired by search\n"
+    yield f"| delivered | searches | validation, % | {of}, % | difference, points |"
     yield "|---|---|---|---|---|"
     for name in dict.fromkeys(name for each in searches for name in each):
-        both = [(each[name], each[today]) for each in searches if name in each]
-        seen, worth = (100 * float(np.mean([own[place] for own, _ in both])) for place in (0, 1))
+        own = [each[name] for each in searches if name in each]
+        worths = 100 * np.array([worth(one) for one in own])
+        seen = 100 * float(np.mean([one.model.at(one.alpha)["objective"] for one in own]))
         text = "-"
-        if name != today and len(both) > 1:
-            mean, low, high = student(np.array([100 * (own[1] - first[1]) for own, first in both]))
-            text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-        yield f"| {name} | {len(both)} | {seen:.1f} | {worth:.1f} | {text} |"
+        if name != today and len(own) > 1:
+            firsts = np.array([100 * worth(each[today]) for each in searches if name in each])
+            text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*student(worths - firsts))
+        yield f"| {name} | {len(own)} | {seen:.1f} | {np.mean(worths):.1f} | {text} |"
 
 
-def run(recipe: Recipe, out: Path, trainings: int, searches: int, processes: int) -> Iterator[str]:
-    """Makes the soups that are missing, and yields the lines of the table.
+def read_tests(models: Mapping[str, Delivered], table: SeedTable, out: Path, path: Path) -> None:
+    """Reads models on the recipe's test sets, which no table has seen, and writes their accuracies.
+
+    Args:
+        models: Those that the file has not, by their keys.
+        table: Of the recipe.
+        out: Folder of the trainings.
+        path: File of a line per model, which grows.
+    """
+    bench, alphas = open_bench(for_tables(table.recipe), out), alphas_of(table.recipe)
+    for key, one in models.items():
+        plan = (
+            planned(one.what, table, bench, alphas)
+            if isinstance(one.what, Asked)
+            else of_table(one.what, table, alphas)
+        )
+        recipe = apply(table.recipe, plan.values)
+        found = predict_tests(recipe, bench, bench.training_dir(plan), (one.alpha,))
+        names = (ID_TEST, *recipe.data.ood_test)
+        accuracies = {name: float(correct_matrix([(found, one.alpha)], name).mean()) for name in names}
+        with path.open("a") as file:
+            file.write(json.dumps({"model": key, **accuracies}) + "\n")
+
+
+def tested(path: Path) -> dict[str, float]:
+    """Returns by their keys what the models of the file are worth on the test sets, as ``Model.worth``."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        accuracies = json.loads(line)
+        key, id_test = accuracies.pop("model"), accuracies.pop(ID_TEST)
+        found[key] = (id_test + sum(accuracies.values()) / len(accuracies)) / 2
+    return found
+
+
+def alphas_of(recipe: Recipe) -> tuple[float, ...]:
+    """Returns where trainings of the table are read on the parts for tables."""
+    return tuple(alpha for alpha in recipe.search.alpha.measured if alpha > 0)
+
+
+def run(recipe: Recipe, out: Path, trainings: int, searches: int, processes: int, tests: int = 0) -> Iterator[str]:
+    """Makes the soups that are missing, and yields the lines of the tables.
 
     Args:
         recipe: Of the trainings.
@@ -281,23 +347,34 @@ def run(recipe: Recipe, out: Path, trainings: int, searches: int, processes: int
         trainings: Of each search.
         searches: How many.
         processes: Soups at a time.
+        tests: Of so many searches the delivered models are read on the test sets, once.
 
     Raises:
         UsageError: A table is missing or of other trainings.
     """
-    source, path = TABLES / f"{recipe.name}-seeds.parquet", TABLES / f"{recipe.name}-soups.parquet"
+    source, path, tests_path = (
+        TABLES / f"{recipe.name}-{name}" for name in ("seeds.parquet", "soups.parquet", "soups-tests.jsonl")
+    )
     table, content = read_table(source, recipe), pq.read_table(source)
     rows = {(row["configuration"], row["seed"]): row for row in content.to_pylist()}
     diverged = {key for key, row in rows.items() if row["diverged"]}
     found = [replayed(table, diverged, trainings, search) for search in range(searches)]
     asked = {soup.key: soup for search in found for each in search.values() for soup in each.soups.values()}
     if not {*asked} <= {*read_soups(path)}:
-        bench = open_bench(for_tables(recipe), out)
-        measure([*asked.values()], table, bench, path, processes)
+        measure([*asked.values()], table, open_bench(for_tables(recipe), out), path, processes)
     soups, words = read_soups(path), words_of(content)
     sizes = json.loads(words["sets"]), json.loads(words["tests"])
 
     def model_of(what: Member | Asked) -> Model:
         return Model(recipe, soups[what.key] if isinstance(what, Asked) else rows[what], sizes)
 
-    yield from table_of([delivered(search, model_of) for search in found])
+    models = [delivered(search, model_of) for search in found]
+    yield from table_of(models, lambda one: one.model.worth(one.alpha), "parts for tables")
+    names = (f"{TODAY}: one training", *(f"{way}: {name}" for way in WAYS for name in ("one training", BEST)))
+    some = [{name: one for name, one in each.items() if name in names} for each in models[:tests]]
+    if some:
+        known = tested(tests_path)
+        if unread := {one.key: one for each in some for one in each.values() if one.key not in known}:
+            read_tests(unread, table, out, tests_path)
+        worth = tested(tests_path)
+        yield from table_of(some, lambda one: worth[one.key], "test sets")

@@ -156,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trainings", type=Path, metavar="FOLDER", help="that benchmarks.seed_table got with --out")
     parser.add_argument("--length", type=int, default=16, help="trainings of a search (%(default)s)")
     parser.add_argument("--searches", type=int, default=20, help="how many (%(default)s)")
+    words = "of so many searches, read what they deliver on the test sets, once (%(default)s)"
+    parser.add_argument("--tests", type=int, default=0, help=words)
     parser.add_argument("--processes", type=int, default=2, help="soups at a time (%(default)s)")
     given = parser.parse_args(argv)
     if (given.published is None) == (given.trainings is None or given.recipe is None):
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from benchmarks.soup_searches import run  # which loads torch
 
             out = given.trainings.resolve()
-            lines = run(load_recipe(given.recipe), out, given.length, given.searches, given.processes)
+            lines = run(load_recipe(given.recipe), out, given.length, given.searches, given.processes, given.tests)
         print("\n".join(lines))
     except CarftError as error:
         console.show_error(error)

@@ -261,13 +261,14 @@ def run_one(bench: Bench, planned: Planned) -> bool:
         files.write_text(folder / DIVERGED, f"{error}\n")
         return True
     if planned.test_alphas and not _test_path(folder).exists():
-        write_predictions(_test_path(folder), _predict_tests(recipe, bench, folder, planned.test_alphas))
+        write_predictions(_test_path(folder), predict_tests(recipe, bench, folder, planned.test_alphas))
     if not planned.keeps_weights:
         (_place(folder) / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
     return True
 
 
-def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
+def predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
+    """Returns the predictions of a finished training for the test sets of a recipe."""
     inputs = load_shared_inputs(recipe)
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
     mixtures, tests = Mixtures(inputs.clip, heads["class_head"], recipe.train, CPU), _test_sets(recipe, inputs)

@@ -28,10 +28,11 @@ def test_soups_of_replayed_searches_are_made_once_and_read_without_weights(tmp_p
     (tmp_path / "tables").mkdir()
     out = ["--processes", "1"]
     assert seed_table.main([str(path), "--out", str(tmp_path / "out"), "--configurations", "6", *out]) == 0
-    words = [str(path), "--trainings", str(tmp_path / "out"), "--searches", "2", "--length", "4", *out]
+    words = [str(path), "--trainings", str(tmp_path / "out"), "--searches", "2", "--length", "4", "--tests", "2", *out]
     assert soups.main(words) == 0
     first = capsys.readouterr().out
     assert "| no repeats: greedy | 2 |" in first
+    assert "test sets, % |" in first
     made = tmp_path / "tables" / "short-soups.parquet"
     was = made.read_bytes()
     for folder in (tmp_path / "out", tmp_path / "images", tmp_path / "model"):
